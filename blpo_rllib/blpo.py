@@ -1,0 +1,312 @@
+"""BLPO (Bi-Level Policy Optimization, Prakash et al. 2025, arXiv:2505.11714) as an RLlib algorithm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
+from ray.rllib.algorithms.ppo.ppo import PPO, PPOConfig
+from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.utils.annotations import override
+from ray.rllib.utils.schedules.scheduler import Scheduler
+from ray.rllib.utils.typing import LearningRateOrSchedule
+from typing_extensions import Self
+
+from blpo_rllib.core.curvature import CURVATURES
+from blpo_rllib.core.ihvp import ConjugateGradient, Exact, IHVPSolver, Nystrom
+from blpo_rllib.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule, RLModulePlayers, check_module_class
+
+# The solvers that `hypergradient` knows by name, made from the config's fields.
+IHVP_SOLVERS: dict[str, Callable[[BLPOConfig], IHVPSolver | None]] = {
+    "nystrom": lambda config: Nystrom(
+        config.nystrom_rank, config.nystrom_damping, config.nystrom_core_shift, config.nystrom_redraw
+    ),
+    "cg": lambda config: ConjugateGradient(config.cg_iterations, config.cg_damping),
+    "exact": lambda config: Exact(config.exact_damping),
+    "none": lambda config: None,
+}
+
+
+class BLPOConfig(PPOConfig):
+    """Configuration of :class:`BLPO`; defaults are the published settings for continuous control.
+
+    .. code-block:: python
+
+        from blpo_rllib import BLPOConfig
+
+        config = (
+            BLPOConfig()
+            .environment("CartPole-v1")
+            .env_runners(num_envs_per_env_runner=4)
+            .training(train_batch_size_per_learner=512, minibatch_size=128, num_critic_updates=5)
+        )
+        algo = config.build_algo()
+        algo.train()
+    """
+
+    def __init__(self, algo_class: type[Algorithm] | None = None):
+        super().__init__(algo_class=algo_class or BLPO)
+
+        # PPO's, at the reference's values.
+        self.gamma = 0.99
+        self.lambda_ = 0.95
+        self.clip_param = 0.2
+        self.num_epochs = 4
+        self.train_batch_size_per_learner = 20480
+        self.minibatch_size = 640
+        self.num_env_runners = 0
+        self.num_envs_per_env_runner = 32
+
+        # PPO's, without meaning here.
+        self.lr = None
+        self.use_kl_loss = False
+        self.vf_clip_param = None
+
+        # BLPO's own.
+        self.actor_lr: LearningRateOrSchedule = 3e-4
+        self.critic_lr: LearningRateOrSchedule = 1.2e-3
+        self.adam_epsilon = 1e-5
+        self.num_critic_updates = 3
+        self.segment_length: int | None = None
+        self.normalize_rewards = False
+        self.hypergradient: str | IHVPSolver = "nystrom"
+        self.curvature = "hessian"
+        self.hypergradient_bound: float | None = 1.0
+        self.cross_clip_param: float | None = 1.0
+        self.nystrom_rank = 5
+        self.nystrom_damping = 50.0
+        self.nystrom_core_shift = 1.0
+        self.nystrom_redraw = False
+        self.cg_iterations = 20
+        self.cg_damping = 0.0
+        self.exact_damping = 50.0
+
+    @override(PPOConfig)
+    def training(
+        self,
+        *,
+        actor_lr: LearningRateOrSchedule = NotProvided,
+        critic_lr: LearningRateOrSchedule = NotProvided,
+        adam_epsilon: float = NotProvided,
+        num_critic_updates: int = NotProvided,
+        segment_length: int | None = NotProvided,
+        normalize_rewards: bool = NotProvided,
+        hypergradient: str | IHVPSolver = NotProvided,
+        curvature: str = NotProvided,
+        hypergradient_bound: float | None = NotProvided,
+        cross_clip_param: float | None = NotProvided,
+        nystrom_rank: int = NotProvided,
+        nystrom_damping: float = NotProvided,
+        nystrom_core_shift: float = NotProvided,
+        nystrom_redraw: bool = NotProvided,
+        cg_iterations: int = NotProvided,
+        cg_damping: float = NotProvided,
+        exact_damping: float = NotProvided,
+        **kwargs: Any,
+    ) -> Self:
+        """Sets the training related configuration.
+
+        Args:
+            actor_lr: Adam learning rate of the actor (the leader), > 0, or a schedule ``[[timestep, value], ...]``.
+            critic_lr: Adam learning rate of the critic (the follower), > 0, or a schedule.
+            adam_epsilon: Adam's ε of both optimizers, > 0.
+            num_critic_updates: N >= 1, nested critic steps per minibatch, before the actor's step.
+            segment_length: Steps per trajectory segment, >= 1. None: the rollout fragment, i.e. all steps an
+                environment contributes to a batch. Shorter segments make smaller minibatches possible, but advantages
+                are bootstrapped at the end of each.
+            normalize_rewards: Divide rewards by the running standard deviation of the discounted return, in training
+                batches only.
+            hypergradient: How the inverse-Hessian-vector product is computed: "nystrom", "cg", "exact" (dense, small
+                critics only), or an :class:`~blpo_rllib.core.ihvp.IHVPSolver`. "none" leaves the correction out:
+                nested PPO.
+            curvature: The follower's curvature: "hessian" or "gauss_newton" (positive semi-definite).
+            hypergradient_bound: b >= 0: the correction is scaled down to at most b times the norm of the actor's
+                gradient. None: no bound.
+            cross_clip_param: ε_F >= 0, the clip width of the ratio inside the cross term, for Box actions. None: no
+                clip, as always for other actions.
+            nystrom_rank: k >= 1, at most the number of critic parameters.
+            nystrom_damping: ρ > 0.
+            nystrom_core_shift: δ, added to the diagonal of the Nyström core; 0 is the textbook formula.
+            nystrom_redraw: Draw new coordinates for each minibatch instead of keeping the first draw.
+            cg_iterations: Conjugate-gradient steps, >= 1.
+            cg_damping: ρ >= 0 of the conjugate-gradient solver.
+            exact_damping: ρ >= 0 of the exact solver.
+            **kwargs: PPO's and RLlib's own arguments. ``minibatch_size`` counts steps and should be a multiple of the
+                segment length; ``lr``, ``vf_clip_param``, ``vf_loss_coeff``, ``use_critic`` and ``use_gae`` have no
+                meaning here and are refused by :meth:`validate`.
+
+        Returns:
+            This config.
+        """
+        super().training(**kwargs)
+        own = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
+        for name, value in own.items():
+            if value is not NotProvided:
+                setattr(self, name, value)
+        return self
+
+    @override(PPOConfig)
+    def get_default_rl_module_spec(self) -> RLModuleSpec:
+        return RLModuleSpec(module_class=BLPOTorchRLModule)
+
+    @override(PPOConfig)
+    def get_default_learner_class(self) -> type:
+        from blpo_rllib.learner import BLPOTorchLearner
+
+        return BLPOTorchLearner
+
+    @property
+    @override(PPOConfig)
+    def _model_config_auto_includes(self) -> dict[str, Any]:
+        return super()._model_config_auto_includes | REFERENCE_MODEL_CONFIG
+
+    def get_segment_length(self) -> int:
+        """Steps per segment, with None resolved to the rollout fragment."""
+        return self.segment_length or self.get_rollout_fragment_length()
+
+    def get_ihvp_solver(self) -> IHVPSolver | None:
+        """The solver that ``hypergradient`` names or is; None for nested PPO.
+
+        Raises:
+            ValueError: If the name is unknown or one of the solver's settings is out of range.
+        """
+        if isinstance(self.hypergradient, IHVPSolver):
+            return self.hypergradient
+        if self.hypergradient not in IHVP_SOLVERS:
+            raise ValueError(
+                f"hypergradient={self.hypergradient!r} must be one of {', '.join(map(repr, IHVP_SOLVERS))}, "
+                "or an IHVPSolver"
+            )
+        return IHVP_SOLVERS[self.hypergradient](self)
+
+    @override(PPOConfig)
+    def validate(self) -> None:
+        super().validate()
+        self._validate_ranges()
+        self._validate_solver()
+        self._validate_without_meaning()
+        self._validate_segments()
+        self._validate_modules()
+
+    def _validate_ranges(self) -> None:
+        for name in ("actor_lr", "critic_lr"):
+            rate = getattr(self, name)
+            Scheduler.validate(fixed_value_or_schedule=rate, setting_name=name, description="learning rate")
+            values = [value for _, value in rate] if isinstance(rate, (list, tuple)) else [rate]
+            if not all(_is_number(value) and value >= 0 for value in values) or not any(values):
+                self._value_error(f"{name}={rate!r} must be a number > 0, or a schedule of numbers >= 0")
+        if not _is_number(self.adam_epsilon) or self.adam_epsilon <= 0:
+            self._value_error(f"adam_epsilon={self.adam_epsilon!r} must be > 0 (the reference uses 1e-5)")
+        for name in ("num_critic_updates", "num_epochs"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                self._value_error(f"{name}={getattr(self, name)!r} must be an integer >= 1")
+        for name in ("hypergradient_bound", "cross_clip_param"):
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or value < 0):
+                self._value_error(f"{name}={value!r} must be a number >= 0, or None for none")
+        if self.hypergradient_bound == 0:
+            self._value_error(
+                'hypergradient_bound=0 computes the correction and throws it away: use hypergradient="none" for nested PPO'
+            )
+        if self.curvature not in CURVATURES:
+            self._value_error(f"curvature={self.curvature!r} must be one of {', '.join(map(repr, CURVATURES))}")
+
+    def _validate_solver(self) -> None:
+        try:
+            self.get_ihvp_solver()
+        except ValueError as error:
+            self._value_error(str(error))
+
+    def _validate_without_meaning(self) -> None:
+        for name, neutral, remedy in (
+            ("lr", None, "set actor_lr and critic_lr (the reference takes critic_lr = 4 * actor_lr)"),
+            ("use_critic", True, "BLPO needs the critic: leave it True"),
+            ("use_gae", True, "BLPO differentiates through GAE: leave it True"),
+            ("vf_loss_coeff", 1.0, "the critic has an optimizer of its own: set critic_lr"),
+            ("vf_clip_param", None, "the critic's loss is the plain squared error: leave it None"),
+            ("torch_compile_learner", False, "RLlib compiles forward_train() and PPO's loss, which BLPO does not run"),
+            ("_torch_grad_scaler_class", None, "BLPO trains in one precision: leave it None"),
+            ("_torch_lr_scheduler_classes", None, "give actor_lr and critic_lr as schedules [[timestep, value], ...]"),
+            ("num_aggregator_actors_per_learner", 0, "BLPO packs segments on the learner: leave it 0"),
+        ):
+            if getattr(self, name) != neutral:
+                self._value_error(f"{name}={getattr(self, name)!r} has no meaning for BLPO: {remedy}")
+        if self.grad_clip is not None and self.grad_clip_by != "global_norm":
+            self._value_error(
+                f"grad_clip_by={self.grad_clip_by!r} is not supported by BLPO: use 'global_norm' (per player)"
+            )
+
+    def _validate_segments(self) -> None:
+        if self.segment_length is not None and (not isinstance(self.segment_length, int) or self.segment_length < 1):
+            self._value_error(f"segment_length={self.segment_length!r} must be an integer >= 1, or None")
+        if self.minibatch_size is None:
+            return
+        length, batch_size = self.get_segment_length(), self.train_batch_size_per_learner
+        num_segments, num_minibatches = max(1, batch_size // length), round(batch_size / self.minibatch_size)
+        if num_segments < num_minibatches:
+            self._value_error(
+                f"minibatch_size={self.minibatch_size} makes {num_minibatches} minibatches of a batch of {batch_size} "
+                f"steps, but it holds only {num_segments} whole trajectory segments of {length} steps. Use "
+                f"minibatch_size={length} or more, or more environments (num_env_runners * num_envs_per_env_runner >= "
+                f"{num_minibatches}), or cut segments with segment_length={self.minibatch_size}"
+            )
+
+    def _validate_modules(self) -> None:
+        spec = self.rl_module_spec
+        specs = spec.rl_module_specs if isinstance(spec, MultiRLModuleSpec) else {"default_policy": spec}
+        for module_id, module_spec in (specs or {}).items():
+            if callable(self.policies_to_train) or module_id in (self.policies_to_train or specs):
+                self._validate_module(module_id, module_spec)
+
+    def _validate_module(self, module_id: str, spec: RLModuleSpec) -> None:
+        model_config = self.model_config if spec.model_config is None else spec.model_config
+        shared = isinstance(model_config, dict) and model_config.get("vf_share_layers")
+        if shared or getattr(model_config, "vf_share_layers", False):
+            self._value_error(
+                f"vf_share_layers=True in the model config of module {module_id!r}: BLPO's actor (leader) and critic "
+                "(follower) must be separate networks: set vf_share_layers=False (DefaultModelConfig sets it True)"
+            )
+        try:
+            if spec.module_class is not None:
+                check_module_class(spec.module_class, module_id)
+            self._check_built_module(module_id, spec)
+        except ValueError as error:
+            self._value_error(str(error))
+
+    def _check_built_module(self, module_id: str, spec: RLModuleSpec) -> None:
+        """Builds the module where its spaces are known already, to find out what only its parameters tell.
+
+        Without spaces the same checks run when the learner is built, before any training.
+        """
+        observation_space = spec.observation_space or self.observation_space
+        action_space = spec.action_space or self.action_space
+        solver = self.get_ihvp_solver()
+        if observation_space is None or action_space is None:
+            return
+        module = RLModuleSpec(
+            module_class=spec.module_class or BLPOTorchRLModule,
+            observation_space=observation_space,
+            action_space=action_space,
+            model_config=self.model_config if spec.model_config is None else spec.model_config,
+            catalog_class=spec.catalog_class,
+        ).build()
+        players = RLModulePlayers(module, module_id)
+        if solver is not None:
+            solver.check_size(sum(p.numel() for p in players.critic_parameters))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class BLPO(PPO):
+    """PPO's synchronous sample-and-learn loop with a bilevel learner: :class:`~blpo_rllib.learner.BLPOTorchLearner`."""
+
+    @classmethod
+    @override(PPO)
+    def get_default_config(cls) -> AlgorithmConfig:
+        return BLPOConfig()

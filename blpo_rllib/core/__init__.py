@@ -1,0 +1,1 @@
+"""The mathematics of BLPO on plain tensors: nothing in this package imports Ray."""

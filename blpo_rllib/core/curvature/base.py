@@ -1,0 +1,70 @@
+"""The follower's objective and the interface of its curvature."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from blpo_rllib.core.networks import CriticPass
+from blpo_rllib.core.reduction import Reduction
+
+
+@dataclass(frozen=True)
+class CriticLoss:
+    r"""The follower's objective :math:`L(w) = \sum_t m_t (y_t - V_w(s_t))^2` at one w (paper, section 3).
+
+    Attributes:
+        critic: The critic at w on this minibatch.
+        targets: y [n].
+        weights: m [n]: 1 over the number of steps in the minibatch on steps, 0 elsewhere, so that L is a mean.
+    """
+
+    critic: CriticPass
+    targets: Tensor
+    weights: Tensor
+
+    @property
+    def cotangent(self) -> Tensor:
+        """∂L/∂V = −2 m (y − V), [n]."""
+        return 2 * self.weights * (self.critic.values - self.targets)
+
+    @property
+    def value(self) -> Tensor:
+        """L(w), a scalar."""
+        return (self.weights * (self.targets - self.critic.values).square()).sum()
+
+
+class Curvature(ABC):
+    """A symmetric matrix H [p, p] known through its products and its rows.
+
+    Args:
+        loss: The follower's objective at w on this process's share of the minibatch.
+        reduction: Sums over the processes that share the minibatch.
+    """
+
+    def __init__(self, loss: CriticLoss, reduction: Reduction):
+        self._loss = loss
+        self._reduction = reduction
+
+    @property
+    def size(self) -> int:
+        """p."""
+        return self._loss.critic.num_parameters
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """H x, [p] to [p]."""
+        return self._reduction.sum(self._local_matvec(x))
+
+    def rows(self, columns: Tensor) -> Tensor:
+        """H[K, :], int64 [k] to [k, p]; by symmetry also the columns K."""
+        return self._reduction.sum(self._local_rows(columns))
+
+    @abstractmethod
+    def _local_matvec(self, x: Tensor) -> Tensor:
+        """This process's term of :meth:`matvec`."""
+
+    @abstractmethod
+    def _local_rows(self, columns: Tensor) -> Tensor:
+        """This process's term of :meth:`rows`."""

@@ -1,0 +1,21 @@
+"""The generalised Gauss–Newton matrix of the critic's loss (Schraudolph 2002)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from blpo_rllib.core.curvature.base import Curvature
+
+
+class GaussNewton(Curvature):
+    r""":math:`J^\top \mathrm{diag}(2m) J`: the Hessian without the residuals' second derivatives.
+
+    Positive semi-definite, so the damped system is well posed at any damping; equal to the Hessian where the critic is
+    linear in w or fits its targets.
+    """
+
+    def _local_matvec(self, x: Tensor) -> Tensor:
+        return self._loss.critic.vjp(2 * self._loss.weights * self._loss.critic.jvp(x))
+
+    def _local_rows(self, columns: Tensor) -> Tensor:
+        return self._loss.critic.vjp(2 * self._loss.weights * self._loss.critic.jacobian_columns(columns))

@@ -1,0 +1,20 @@
+"""The exact Hessian of the critic's loss."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from blpo_rllib.core.curvature.base import Curvature
+
+
+class Hessian(Curvature):
+    r""":math:`\nabla^2_{ww} L = J^\top \mathrm{diag}(2m) J - \sum_t 2 m_t (y_t - V_t) \nabla^2 V_t`; indefinite.
+
+    This is the curvature of the hypergradient's definition (paper, section 3).
+    """
+
+    def _local_matvec(self, x: Tensor) -> Tensor:
+        return self._loss.critic.second_order_product(x, self._loss.cotangent, 2 * self._loss.weights)
+
+    def _local_rows(self, columns: Tensor) -> Tensor:
+        return self._loss.critic.second_order_rows(columns, self._loss.cotangent, 2 * self._loss.weights)

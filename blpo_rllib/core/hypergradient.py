@@ -1,0 +1,177 @@
+r"""The BLPO hypergradient of one minibatch in closed form (Prakash et al. 2025, arXiv:2505.11714, sections 3 and 4).
+
+The leader θ minimises :math:`J(\theta, w^*(\theta))`, the follower w minimises L(θ, w). With the implicit function
+theorem
+
+.. math::  \frac{dJ}{d\theta} = \nabla_\theta J - \nabla^2_{\theta w} L\,(\nabla^2_{ww} L)^{-1} \nabla_w J.
+
+GAE is linear in V (:mod:`blpo_rllib.core.gae`), so every factor is a product with the Jacobian of the critic's values
+or of the actor's log-probabilities, with weights written out below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blpo_rllib.core.curvature import CriticLoss
+from blpo_rllib.core.networks import ActorPass
+from blpo_rllib.core.reduction import Reduction
+from blpo_rllib.core.segments import SegmentBatch
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """PPO's clipped objective s = min(r·adv, clip(r, 1 ± ε)·adv) per step (Schulman et al. 2017, eq. 7).
+
+    Attributes:
+        ratio: r = π(a|s) / π_old(a|s).
+        slope: ∂s/∂adv: r or clip(r), whichever branch the minimum takes.
+        active: 1 where s depends on r, else 0.
+    """
+
+    ratio: Tensor
+    slope: Tensor
+    active: Tensor
+
+    @classmethod
+    def clipped(cls, ratio: Tensor, adv: Tensor, clip: float) -> Surrogate:
+        """With clip width ε = ``clip`` >= 0."""
+        clipped = ratio.clamp(1 - clip, 1 + clip)
+        active = ratio * adv <= clipped * adv
+        return cls(ratio, torch.where(active, ratio, clipped), active.to(ratio.dtype))
+
+    @classmethod
+    def unclipped(cls, ratio: Tensor) -> Surrogate:
+        """s = r·adv."""
+        return cls(ratio, ratio, torch.ones_like(ratio))
+
+
+@dataclass(frozen=True)
+class Correction:
+    """How the cross term enters the hypergradient.
+
+    Attributes:
+        cross_clip: ε_F, the clip width inside the cross term; None for no clip, as for discrete actions.
+        bound: b: the correction is scaled down to ‖mixed‖ <= b ‖g_θ‖; None for no bound.
+    """
+
+    cross_clip: float | None
+    bound: float | None
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """The quantities of one minibatch; all but ``surrogate`` and ``adv`` are summed over processes.
+
+    Attributes:
+        adv: GAE under the current critic [B, S].
+        surrogate: The leader's surrogate at ``adv``.
+        grad_actor: g_θ = ∇_θ J, [q].
+        grad_critic: v = ∇_w J, [p].
+        ihvp: x ≈ (∇²_ww L + ρI)⁻¹ v, [p].
+        mixed_product: ∇²_θw L · x before the bound, [q].
+        mixed: The correction applied: bounded, and zero if it is not finite, [q].
+        direction: g_θ − mixed, the hypergradient, [q].
+    """
+
+    adv: Tensor
+    surrogate: Surrogate
+    grad_actor: Tensor
+    grad_critic: Tensor
+    ihvp: Tensor
+    mixed_product: Tensor
+    mixed: Tensor
+    direction: Tensor
+
+
+def step_weights(batch: SegmentBatch, reduction: Reduction) -> Tensor:
+    """m [B, S]: 1 over the number of steps in the whole minibatch on steps, 0 elsewhere."""
+    return batch.step / reduction.sum(batch.step.sum())
+
+
+def probability_ratio(batch: SegmentBatch, logp: Tensor) -> Tensor:
+    """r [B, S]; 1 outside steps, where the log-probabilities mean nothing."""
+    return torch.where(batch.step > 0, logp.view_as(batch.step) - batch.old_logp, 0.0).exp()
+
+
+def leader_gradient(
+    actor: ActorPass, batch: SegmentBatch, adv: Tensor, weights: Tensor, clip: float, reduction: Reduction
+) -> tuple[Surrogate, Tensor]:
+    """The surrogate and g_θ = ∇_θ J with J = −Σ_t m_t s_t + penalty."""
+    surrogate = Surrogate.clipped(probability_ratio(batch, actor.logp), adv, clip)
+    cotangent = -weights * surrogate.ratio * surrogate.active * adv
+    return surrogate, reduction.sum(actor.loss_gradient(cotangent.flatten()))
+
+
+def leader_critic_gradient(
+    loss: CriticLoss, batch: SegmentBatch, surrogate: Surrogate, weights: Tensor, reduction: Reduction
+) -> Tensor:
+    """v = ∇_w J, through the advantages: the critic's vjp with the cotangent Dᵀ Aᵀ (−m · slope)."""
+    cotangent = batch.advantage.td_adjoint(batch.advantage.accumulate_adjoint(-weights * surrogate.slope))
+    return reduction.sum(loss.critic.vjp(cotangent.flatten()))
+
+
+def mixed_product(
+    actor: ActorPass,
+    loss: CriticLoss,
+    batch: SegmentBatch,
+    adv: Tensor,
+    ratio: Tensor,
+    ihvp: Tensor,
+    cross_clip: float | None,
+    reduction: Reduction,
+) -> Tensor:
+    r"""∇²_θw L · x = d/dw [∇_θ S] · x, with S(θ, w) = −2 Σ_t s_t(θ, adv(w)) (y_t − V_t(w)) over all steps.
+
+    S estimates the dependence of the critic's loss on θ by a score-function trick; it is a sum over t, not a mean.
+    """
+    cross = Surrogate.unclipped(ratio) if cross_clip is None else Surrogate.clipped(ratio, adv, cross_clip)
+    delta_values = loss.critic.jvp(ihvp).view_as(adv)
+    delta_adv = batch.advantage.accumulate(batch.advantage.td(delta_values))
+    residual = (loss.targets - loss.critic.values).view_as(adv)
+    slope = delta_adv * residual - adv * delta_values
+    return reduction.sum(actor.score_product((-2 * batch.step * ratio * cross.active * slope).flatten()))
+
+
+def bounded(mixed: Tensor, gradient: Tensor, bound: float | None) -> Tensor:
+    """``mixed`` scaled down to at most ``bound`` times the norm of ``gradient``; zero if it is not finite."""
+    norm = mixed.norm()
+    scale = torch.ones_like(norm) if bound is None else (bound * gradient.norm() / norm).clamp(max=1.0)
+    return torch.where(torch.isfinite(norm), torch.where(norm > 0, scale, 0.0) * mixed, 0.0)
+
+
+def hypergradient(
+    actor: ActorPass,
+    loss: CriticLoss,
+    batch: SegmentBatch,
+    clip: float,
+    correction: Correction,
+    solve: Callable[[Tensor], Tensor],
+    reduction: Reduction,
+) -> Hypergradient:
+    """The hypergradient at (θ, w) on one minibatch.
+
+    Args:
+        actor: The actor at θ on the minibatch's slots.
+        loss: The follower's objective at w, after its nested steps.
+        batch: The minibatch, B segments of S slots.
+        clip: PPO's clip width ε.
+        correction: Clip and bound of the cross term.
+        solve: v to x, the inverse-Hessian-vector product.
+        reduction: Sums over the processes that share the minibatch.
+
+    Returns:
+        All quantities of the computation.
+    """
+    weights = loss.weights.view_as(batch.step)
+    adv = batch.advantage.advantages(batch.rewards, loss.critic.values.view_as(batch.step))
+    surrogate, grad_actor = leader_gradient(actor, batch, adv, weights, clip, reduction)
+    grad_critic = leader_critic_gradient(loss, batch, surrogate, weights, reduction)
+    ihvp = solve(grad_critic)
+    product = mixed_product(actor, loss, batch, adv, surrogate.ratio, ihvp, correction.cross_clip, reduction)
+    mixed = bounded(product, grad_actor, correction.bound)
+    return Hypergradient(adv, surrogate, grad_actor, grad_critic, ihvp, product, mixed, grad_actor - mixed)

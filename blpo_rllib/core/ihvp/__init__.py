@@ -1,0 +1,8 @@
+"""Inverse-Hessian-vector products: one solver a file, all used through :class:`IHVPSolver`."""
+
+from blpo_rllib.core.ihvp.base import IHVPSolver
+from blpo_rllib.core.ihvp.conjugate_gradient import ConjugateGradient
+from blpo_rllib.core.ihvp.exact import Exact
+from blpo_rllib.core.ihvp.nystrom import Nystrom
+
+__all__ = ["ConjugateGradient", "Exact", "IHVPSolver", "Nystrom"]

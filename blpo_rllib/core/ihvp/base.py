@@ -1,0 +1,47 @@
+"""The interface of an inverse-Hessian-vector product."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from blpo_rllib.core.curvature import Curvature
+
+
+class IHVPSolver(ABC):
+    """Computes x ≈ (H + ρI)⁻¹ v.
+
+    Attributes:
+        damping: ρ >= 0, the multiple of the identity added to H.
+    """
+
+    damping: float
+
+    @abstractmethod
+    def solve(self, curvature: Curvature, v: Tensor, generator: np.random.Generator) -> Tensor:
+        """Returns x [p].
+
+        Args:
+            curvature: H.
+            v: The vector [p].
+            generator: The only source of randomness a solver may use; its state is kept in checkpoints.
+        """
+
+    def check_size(self, size: int) -> None:
+        """Raises ValueError if a critic of p = ``size`` parameters does not suit this solver."""
+
+    def get_state(self) -> dict[str, Any]:
+        """What the next :meth:`solve` depends on besides its arguments."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`get_state` returned."""
+
+
+def check_damping(damping: float, name: str, positive: bool) -> None:
+    """Raises ValueError unless ``damping`` is finite and > 0 (>= 0 if not ``positive``)."""
+    if not (0 < damping < float("inf") or (damping == 0 and not positive)):
+        raise ValueError(f"{name}={damping!r} must be a finite number {'> 0' if positive else '>= 0'}")

@@ -1,0 +1,63 @@
+"""The Nyström inverse-Hessian-vector product (Hataya & Yamada, AISTATS 2023; BLPO paper, section 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blpo_rllib.core.curvature import Curvature
+from blpo_rllib.core.ihvp.base import IHVPSolver, check_damping
+
+
+class Nystrom(IHVPSolver):
+    r"""Inverts a rank-k model of H, :math:`\hat H = C^\top (M + \delta I)^{-1} C`, by Woodbury's identity:
+
+    .. math::  x = (\hat H + \rho I)^{-1} v = v/\rho - C^\top (M + \delta I + C C^\top/\rho)^{-1} C v / \rho^2
+
+    with C = H[K, :] (k×p) for k random coordinates K, and M = C[:, K] (k×k). With k = p and δ = 0 it is exact.
+
+    Args:
+        rank: k >= 1, the number of coordinates drawn.
+        damping: ρ > 0.
+        core_shift: δ, added to the core's diagonal, which is a principal block of an indefinite matrix and can be
+            singular. 0 is the textbook formula, 1 the published implementation's.
+        redraw: Draw new coordinates for every product; otherwise those of the first product are kept.
+
+    Raises:
+        ValueError: If ``rank``, ``damping`` or ``core_shift`` is out of range.
+    """
+
+    def __init__(self, rank: int = 5, damping: float = 50.0, core_shift: float = 1.0, redraw: bool = False):
+        if not isinstance(rank, (int, np.integer)) or rank < 1:
+            raise ValueError(f"nystrom_rank={rank!r} must be an integer >= 1")
+        check_damping(damping, "nystrom_damping", positive=True)
+        if not np.isfinite(core_shift):
+            raise ValueError(f"nystrom_core_shift={core_shift!r} must be a finite number (1 as published, 0 for none)")
+        self.rank, self.damping, self.core_shift, self.redraw = rank, damping, core_shift, redraw
+        self.columns: np.ndarray | None = None
+
+    def check_size(self, size: int) -> None:
+        if self.rank > size:
+            raise ValueError(
+                f"nystrom_rank={self.rank} exceeds the critic's {size} parameters: use a rank between 1 and {size}"
+            )
+
+    def solve(self, curvature: Curvature, v: Tensor, generator: np.random.Generator) -> Tensor:
+        if self.columns is None or self.redraw:
+            self.columns = generator.choice(curvature.size, self.rank, replace=False, shuffle=False)
+        columns = torch.as_tensor(self.columns, device=v.device)
+        c = curvature.rows(columns)
+        shift = self.core_shift * torch.eye(self.rank, dtype=v.dtype, device=v.device)
+        core = c[:, columns] + shift + c @ c.T / self.damping
+        # solve_ex: a singular core gives non-finite numbers, which the caller catches, instead of a device sync.
+        y, _ = torch.linalg.solve_ex(core, c @ v)
+        return v / self.damping - y @ c / self.damping**2
+
+    def get_state(self) -> dict[str, Any]:
+        return {"columns": self.columns}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.columns = state["columns"]

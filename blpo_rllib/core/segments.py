@@ -1,0 +1,165 @@
+"""Trajectory segments: how episodes of any length become equal rows of a batch.
+
+A *segment* is a row of time slots filled with one or several pieces of episodes, in order. A slot is either a *step*
+(an observation with its action, reward and log-probability) or a *bootstrap slot*: the observation after the last step
+of a piece that did not terminate, present only so that V of it can enter that step's temporal difference.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+import tree
+from torch import Tensor
+
+from blpo_rllib.core.gae import AdvantageOperator
+
+# Rows may exceed their fair share of steps by this fraction if that keeps an episode in one piece.
+_ROW_SLACK = 0.05
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Steps ``start .. start + length - 1`` of episode number ``episode``."""
+
+    episode: int
+    start: int
+    length: int
+
+
+def pack_segments(lengths: Sequence[int], num_segments: int) -> list[list[Piece]]:
+    """Distributes episodes over segments of nearly equal length, cutting as few of them as possible.
+
+    Longest pieces go first, each onto the emptiest segment; a piece is cut only where it fits nowhere whole. All
+    episodes are used and every segment gets at least one step.
+
+    Args:
+        lengths: Number of steps of each episode, >= 0 (an episode without steps is left out).
+        num_segments: Number of segments, between 1 and ``sum(lengths)``.
+
+    Returns:
+        The pieces of each segment, in the order in which they fill it.
+
+    Raises:
+        ValueError: If there are fewer steps than segments.
+    """
+    total = sum(lengths)
+    if not 1 <= num_segments <= total:
+        raise ValueError(f"cannot fill {num_segments} segments with {total} steps: use between 1 and {total}")
+    fair = total / num_segments
+    rows = _pack(lengths, [int(fair * (1 + _ROW_SLACK)) + 1] * num_segments)
+    if min(sum(piece.length for piece in row) for row in rows) >= fair * (1 - 2 * _ROW_SLACK):
+        return rows
+    extra = total % num_segments
+    return _pack(lengths, [total // num_segments + (row < extra) for row in range(num_segments)])
+
+
+def _pack(lengths: Sequence[int], capacities: Sequence[int]) -> list[list[Piece]]:
+    rows: list[list[Piece]] = [[] for _ in capacities]
+    space = [(-capacity, row) for row, capacity in enumerate(capacities)]
+    waiting = [(-length, episode, 0) for episode, length in enumerate(lengths) if length]
+    heapq.heapify(space)
+    heapq.heapify(waiting)
+    while waiting:
+        length, episode, start = heapq.heappop(waiting)
+        free, row = heapq.heappop(space)
+        taken = min(-length, -free)
+        rows[row].append(Piece(episode, start, taken))
+        heapq.heappush(space, (free + taken, row))
+        if taken < -length:
+            heapq.heappush(waiting, (length + taken, episode, start + taken))
+    return rows
+
+
+@dataclass(frozen=True)
+class SegmentLayout:
+    """Where each slot of each segment comes from.
+
+    Attributes:
+        index: int64 [M, S], position of the slot's data in the flat batch (0 in padding).
+        step: bool [M, S], whether the slot is a step; bootstrap slots and padding are not.
+        continues: bool [M, S], whether the next slot is the next step of the same piece.
+    """
+
+    index: np.ndarray
+    step: np.ndarray
+    continues: np.ndarray
+
+
+def layout_segments(is_step: np.ndarray, terminated: np.ndarray, num_segments: int) -> SegmentLayout:
+    """Lays out a flat batch of episodes, each of which ends in one extra item, as segments.
+
+    Args:
+        is_step: bool [n], False on the extra item (the observation after the last step) that ends each episode.
+        terminated: bool [n], True on steps after which the environment terminated.
+        num_segments: M, number of rows to make.
+
+    Returns:
+        The layout with S slots a row, S being the longest row's.
+    """
+    ends = np.flatnonzero(~is_step)
+    begins = np.concatenate(([0], ends[:-1] + 1))
+    rows = []
+    for pieces in pack_segments((ends - begins).tolist(), num_segments):
+        slots, step, continues = [], [], []
+        for piece in pieces:
+            first = begins[piece.episode] + piece.start
+            bootstrap = not terminated[first + piece.length - 1]
+            slots.append(np.arange(first, first + piece.length + bootstrap))
+            step.append([True] * piece.length + [False] * bootstrap)
+            continues.append([True] * (piece.length - 1) + [False] * (1 + bootstrap))
+        rows.append((np.concatenate(slots), np.concatenate(step), np.concatenate(continues)))
+    width = max(len(index) for index, _, _ in rows)
+    layout = SegmentLayout(
+        index=np.zeros((num_segments, width), np.int64),
+        step=np.zeros((num_segments, width), bool),
+        continues=np.zeros((num_segments, width), bool),
+    )
+    for row, (index, is_step_row, continues_row) in enumerate(rows):
+        layout.index[row, : len(index)] = index
+        layout.step[row, : len(index)] = is_step_row
+        layout.continues[row, : len(index)] = continues_row
+    return layout
+
+
+@dataclass(frozen=True)
+class SegmentBatch:
+    """M segments of S slots on one device. ``obs`` may be a nested structure of tensors; all start with [M, S].
+
+    Attributes:
+        obs: Observations [M, S, ...].
+        actions: Actions [M, S, ...].
+        old_logp: Log-probability [M, S] of the actions under the policy that took them.
+        old_dist_inputs: Inputs [M, S, d] of that policy's action distribution.
+        rewards: Rewards [M, S] of the steps.
+        step: 1.0 where the slot is a step, else 0.0, [M, S].
+        advantage: The operators D and A of these segments.
+    """
+
+    obs: Any
+    actions: Any
+    old_logp: Tensor
+    old_dist_inputs: Tensor
+    rewards: Tensor
+    step: Tensor
+    advantage: AdvantageOperator
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SegmentBatch:
+        tensors = {f.name: tree.map_structure(function, getattr(self, f.name)) for f in fields(self)[:-1]}
+        return replace(self, **tensors, advantage=self.advantage.map_rows(function))
+
+    def permuted(self, order: Tensor) -> SegmentBatch:
+        """These segments in another order (int64 [M])."""
+        return self._map(lambda x: x[order])
+
+    def rows(self, start: int, stop: int) -> SegmentBatch:
+        """Segments ``start .. stop - 1``, as views."""
+        return self._map(lambda x: x[start:stop])

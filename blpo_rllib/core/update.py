@@ -1,0 +1,337 @@
+"""One BLPO update phase: epochs and minibatches over a batch of segments, on one device (paper, algorithm 1)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import tree
+from torch import Tensor
+
+from blpo_rllib.core.curvature import CriticLoss, Curvature
+from blpo_rllib.core.hypergradient import (
+    Correction,
+    Hypergradient,
+    Surrogate,
+    hypergradient,
+    leader_gradient,
+    step_weights,
+)
+from blpo_rllib.core.ihvp import IHVPSolver
+from blpo_rllib.core.networks import ActorPass, CriticPass, assign_gradient
+from blpo_rllib.core.reduction import Reduction
+from blpo_rllib.core.segments import SegmentBatch
+
+
+@dataclass(frozen=True)
+class PolicyTerms:
+    """The actor's outputs per slot [n], with their autograd graphs.
+
+    Attributes:
+        logp: log π(a|s) of the actions taken.
+        entropy: Entropy of π(·|s).
+        kl: KL(π_old(·|s) ‖ π(·|s)), or None where no penalty asks for it.
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    kl: Tensor | None
+
+
+class Players(ABC):
+    """A leader and a follower with no parameter in common."""
+
+    actor_parameters: list[Tensor]
+    critic_parameters: list[Tensor]
+
+    @abstractmethod
+    def values(self, obs: Any) -> Tensor:
+        """V [n] of observations [n, ...]."""
+
+    @abstractmethod
+    def policy(self, obs: Any, actions: Any, old_dist_inputs: Tensor | None) -> PolicyTerms:
+        """The policy at observations [n, ...]; with the KL divergence if ``old_dist_inputs`` [n, d] are given."""
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """What one update phase does; ranges are checked by ``BLPOConfig.validate()``.
+
+    Attributes:
+        num_epochs: Passes over the batch, >= 1.
+        num_critic_updates: N, nested critic steps per minibatch, >= 1.
+        clip: ε, the clip width of the leader's surrogate.
+        entropy_coeff: Weight of the entropy bonus in the leader's loss.
+        kl_coeff: Weight of the KL penalty in the leader's loss; None to leave it out.
+        grad_clip: Largest global norm of a player's gradient; None for no clipping.
+        correction: Clip and bound of the cross term.
+    """
+
+    num_epochs: int
+    num_critic_updates: int
+    clip: float
+    entropy_coeff: float
+    kl_coeff: float | None
+    grad_clip: float | None
+    correction: Correction
+
+
+# Means over the steps of a minibatch: computed on each process's share, summed over processes once per update phase.
+STEP_MEANS = (
+    "policy_loss",
+    "vf_loss_before_nesting",
+    "vf_loss_after_nesting",
+    "entropy",
+    "mean_kl_loss",
+    "approx_kl",
+    "clip_fraction",
+    "_target",
+    "_target_squared",
+    "_residual",
+    "_residual_squared",
+)
+# The same on every process.
+MINIBATCH_MEANS = (
+    "actor_grad_norm",
+    "mixed_norm_unbounded",
+    "mixed_norm",
+    "hypergradient_norm",
+    "mixed_grad_cosine",
+    "bound_active_fraction",
+)
+COUNTS = ("hypergradient_fallbacks", "skipped_actor_updates", "skipped_critic_updates")
+
+
+class BilevelUpdate:
+    """Trains two players on batches of segments.
+
+    Args:
+        players: Actor and critic.
+        actor_optimizer: Optimizer of ``players.actor_parameters``; must honour ``found_inf`` as torch's fused Adam does.
+        critic_optimizer: The same for ``players.critic_parameters``.
+        curvature: Class of the follower's curvature.
+        solver: The inverse-Hessian-vector product; None for nested PPO, which follows g_θ alone.
+        generator: Source of the segments' order and of the solver's coordinates.
+        reduction: Sums over the processes that share each minibatch.
+    """
+
+    def __init__(
+        self,
+        players: Players,
+        actor_optimizer: torch.optim.Optimizer,
+        critic_optimizer: torch.optim.Optimizer,
+        curvature: type[Curvature],
+        solver: IHVPSolver | None,
+        generator: np.random.Generator,
+        reduction: Reduction,
+    ):
+        self._players = players
+        self._actor_optimizer, self._critic_optimizer = actor_optimizer, critic_optimizer
+        self._curvature, self._solver = curvature, solver
+        self._generator, self._reduction = generator, reduction
+
+    def run(self, batch: SegmentBatch, num_minibatches: int, settings: UpdateSettings) -> dict[str, float]:
+        """Runs all epochs and returns the metrics, averaged over minibatches.
+
+        Args:
+            batch: M segments, ``num_minibatches`` dividing M.
+            num_minibatches: Minibatches per epoch.
+            settings: What to do.
+
+        Returns:
+            :data:`STEP_MEANS`, :data:`MINIBATCH_MEANS` and :data:`COUNTS` by name, the explained variance of the value
+            targets, and the relative residual of the last inverse-Hessian-vector product.
+        """
+        size = len(batch) // num_minibatches
+        targets = self._value_targets(batch, size)
+        sums: Tensor | float = 0.0
+        for minibatch, minibatch_targets in self._minibatches(batch, targets, size, settings.num_epochs):
+            loss, result, metrics = self._minibatch_update(minibatch, minibatch_targets, settings)
+            # A minibatch that was skipped for non-finite numbers is counted, and left out of the means.
+            sums = sums + metrics.nan_to_num(0.0, 0.0, 0.0)
+        return self._metrics(sums, settings.num_epochs * num_minibatches) | self._ihvp_residual(loss, result)
+
+    def get_state(self) -> dict[str, Any]:
+        """What the next :meth:`run` depends on besides weights and optimizers: the generator and the solver's state."""
+        solver = None if self._solver is None else self._solver.get_state()
+        return {"generator": self._generator.bit_generator.state, "solver": solver}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`get_state` returned."""
+        self._generator.bit_generator.state = state["generator"]
+        if self._solver is not None and state["solver"] is not None:
+            self._solver.set_state(state["solver"])
+
+    def _value_targets(self, batch: SegmentBatch, size: int) -> Tensor:
+        """GAE + V under the critic at the start of the phase, [M, S]."""
+        with torch.no_grad():
+            parts = [batch.rows(i, i + size) for i in range(0, len(batch), size)]
+            values = torch.cat([self._players.values(_slots(part.obs)).view_as(part.step) for part in parts])
+        return values + batch.advantage.advantages(batch.rewards, values)
+
+    def _minibatches(
+        self, batch: SegmentBatch, targets: Tensor, size: int, num_epochs: int
+    ) -> Iterator[tuple[SegmentBatch, Tensor]]:
+        for _ in range(num_epochs):
+            order = torch.as_tensor(self._generator.permutation(len(batch)), device=targets.device)
+            shuffled, shuffled_targets = batch.permuted(order), targets[order]
+            for start in range(0, len(batch), size):
+                yield shuffled.rows(start, start + size), shuffled_targets[start : start + size]
+
+    def _minibatch_update(
+        self, batch: SegmentBatch, targets: Tensor, settings: UpdateSettings
+    ) -> tuple[CriticLoss, Hypergradient, Tensor]:
+        weights = step_weights(batch, self._reduction)
+        loss_before, critic_skips = self._nested_critic_updates(batch, targets, weights, settings)
+        loss = self._critic_loss(batch, targets, weights)
+        policy = self._players.policy(
+            _slots(batch.obs), _slots(batch.actions), None if settings.kl_coeff is None else _slots(batch.old_dist_inputs)
+        )
+        actor = ActorPass(policy.logp, _penalty(policy, weights, settings), self._players.actor_parameters)
+        result = self._hypergradient(actor, loss, batch, settings)
+        actor_skip = self._step(self._actor_optimizer, self._players.actor_parameters, result.direction, settings)
+        metrics = torch.stack(
+            [
+                *_step_means(batch, loss, policy, result, weights, loss_before, settings.clip),
+                *_minibatch_means(result),
+                1.0 - torch.isfinite(result.mixed_product.norm()).to(weights.dtype),
+                actor_skip,
+                critic_skips,
+            ]
+        )
+        return loss, result, metrics
+
+    def _critic_loss(self, batch: SegmentBatch, targets: Tensor, weights: Tensor) -> CriticLoss:
+        values = self._players.values(_slots(batch.obs))
+        return CriticLoss(CriticPass(values, self._players.critic_parameters), targets.flatten(), weights.flatten())
+
+    def _nested_critic_updates(
+        self, batch: SegmentBatch, targets: Tensor, weights: Tensor, settings: UpdateSettings
+    ) -> tuple[Tensor, Tensor]:
+        """N optimizer steps on L(θ, ·); returns L before the first and how many were skipped."""
+        first, skips = None, weights.new_zeros(())
+        for _ in range(settings.num_critic_updates):
+            loss = self._critic_loss(batch, targets, weights)
+            first = loss.value if first is None else first
+            gradient = self._reduction.sum(loss.critic.vjp(loss.cotangent))
+            skips = skips + self._step(self._critic_optimizer, self._players.critic_parameters, gradient, settings)
+        assert first is not None
+        return first, skips
+
+    def _hypergradient(
+        self, actor: ActorPass, loss: CriticLoss, batch: SegmentBatch, settings: UpdateSettings
+    ) -> Hypergradient:
+        if self._solver is None:
+            adv = batch.advantage.advantages(batch.rewards, loss.critic.values.view_as(batch.step))
+            weights = loss.weights.view_as(batch.step)
+            surrogate, gradient = leader_gradient(actor, batch, adv, weights, settings.clip, self._reduction)
+            none, zero = gradient.new_zeros(0), torch.zeros_like(gradient)
+            return Hypergradient(adv, surrogate, gradient, none, none, zero, zero, gradient)
+        solver, curvature = self._solver, self._curvature(loss, self._reduction)
+        return hypergradient(
+            actor,
+            loss,
+            batch,
+            settings.clip,
+            settings.correction,
+            lambda v: solver.solve(curvature, v, self._generator),
+            self._reduction,
+        )
+
+    def _step(
+        self, optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradient: Tensor, settings: UpdateSettings
+    ) -> Tensor:
+        """One optimizer step; a non-finite gradient leaves weights and optimizer state as they are and returns 1."""
+        norm = gradient.norm()
+        skip = 1.0 - torch.isfinite(norm).to(gradient.dtype)
+        if settings.grad_clip is not None:
+            gradient = gradient * (settings.grad_clip / norm).clamp(max=1.0)
+        assign_gradient(parameters, gradient)
+        # The mechanism of torch.amp.GradScaler: fused optimizers read it on the device, without a sync.
+        optimizer.found_inf = skip.to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.step()
+        return skip
+
+    def _metrics(self, sums: Tensor, num_updates: int) -> dict[str, float]:
+        local = self._reduction.sum(sums[: len(STEP_MEANS)])
+        values = torch.cat([local, sums[len(STEP_MEANS) :]]).tolist()
+        metrics = dict(zip(STEP_MEANS + MINIBATCH_MEANS + COUNTS, values, strict=True))
+        for name in STEP_MEANS + MINIBATCH_MEANS:
+            metrics[name] /= num_updates
+        target_variance = metrics.pop("_target_squared") - metrics.pop("_target") ** 2
+        residual_variance = metrics.pop("_residual_squared") - metrics.pop("_residual") ** 2
+        metrics["vf_explained_var"] = 1 - residual_variance / target_variance if target_variance > 0 else float("nan")
+        metrics["vf_loss"] = metrics["vf_loss_after_nesting"]
+        return metrics
+
+    def _ihvp_residual(self, loss: CriticLoss, result: Hypergradient) -> dict[str, float]:
+        """‖(H + ρI) x − v‖ / ‖v‖: how well the solver solved its system, on the last minibatch only (one HVP)."""
+        if self._solver is None:
+            return {}
+        x, v = result.ihvp, result.grad_critic
+        residual = self._curvature(loss, self._reduction).matvec(x) + self._solver.damping * x - v
+        return {"ihvp_relative_residual": float(residual.norm() / v.norm())}
+
+
+def _slots(nested: Any) -> Any:
+    """Merges the two leading axes [B, S] of every tensor."""
+    return tree.map_structure(lambda x: x.flatten(0, 1), nested)
+
+
+def _penalty(policy: PolicyTerms, weights: Tensor, settings: UpdateSettings) -> Tensor | None:
+    """−c_H·entropy + c_KL·KL, means over steps: the parts of the leader's loss that do not depend on the critic."""
+    penalty = None
+    if settings.entropy_coeff:
+        penalty = -settings.entropy_coeff * (weights.flatten() * policy.entropy).sum()
+    if policy.kl is not None:
+        kl = settings.kl_coeff * (weights.flatten() * policy.kl).sum()
+        penalty = kl if penalty is None else penalty + kl
+    return penalty
+
+
+def _step_means(
+    batch: SegmentBatch,
+    loss: CriticLoss,
+    policy: PolicyTerms,
+    result: Hypergradient,
+    weights: Tensor,
+    loss_before: Tensor,
+    clip: float,
+) -> list[Tensor]:
+    """The values of :data:`STEP_MEANS`."""
+    surrogate: Surrogate = result.surrogate
+    ratio = surrogate.ratio
+    residual = loss.targets - loss.critic.values
+    kl = weights.new_zeros(()) if policy.kl is None else (loss.weights * policy.kl.detach()).sum()
+    return [
+        -(weights * surrogate.slope * result.adv).sum(),
+        loss_before,
+        loss.value,
+        (loss.weights * policy.entropy.detach()).sum(),
+        kl,
+        (weights * (ratio - 1 - ratio.log())).sum(),
+        (weights * ((ratio - 1).abs() > clip)).sum(),
+        (loss.weights * loss.targets).sum(),
+        (loss.weights * loss.targets.square()).sum(),
+        (loss.weights * residual).sum(),
+        (loss.weights * residual.square()).sum(),
+    ]
+
+
+def _minibatch_means(result: Hypergradient) -> list[Tensor]:
+    """The values of :data:`MINIBATCH_MEANS`."""
+    grad_norm, mixed_norm = result.grad_actor.norm(), result.mixed_product.norm()
+    applied = result.mixed.norm()
+    cosine = (result.mixed @ result.grad_actor) / (applied * grad_norm)
+    return [
+        grad_norm,
+        mixed_norm,
+        applied,
+        result.direction.norm(),
+        torch.where(applied > 0, cosine, 0.0),
+        (applied < 0.999999 * mixed_norm).to(applied.dtype),
+    ]

@@ -1,0 +1,227 @@
+"""The RLlib learner: segments, optimizers, schedules, checkpoints and metrics around the bilevel update."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tree
+from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
+from ray.rllib.connectors.learner import GeneralAdvantageEstimation
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.learner.learner import Learner
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.core.learner.training_data import TrainingData
+from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
+from ray.rllib.policy.sample_batch import MultiAgentBatch
+from ray.rllib.utils.annotations import override
+
+from blpo_rllib.connectors import SEGMENT_CONTINUES, SEGMENT_STEP, PackSegments, RewardScale
+from blpo_rllib.core.curvature import CURVATURES
+from blpo_rllib.core.gae import AdvantageOperator
+from blpo_rllib.core.hypergradient import Correction
+from blpo_rllib.core.reduction import AllReduce, Reduction
+from blpo_rllib.core.segments import SegmentBatch
+from blpo_rllib.core.update import BilevelUpdate, UpdateSettings
+from blpo_rllib.rl_module import RLModulePlayers
+
+logger = logging.getLogger(__name__)
+
+ACTOR_OPTIMIZER = "actor"
+CRITIC_OPTIMIZER = "critic"
+COMPONENT_BILEVEL = "bilevel"
+COMPONENT_LEARNER_CONNECTOR = "learner_connector"
+
+
+class BLPOTorchLearner(PPOTorchLearner):
+    """Runs BLPO's update phase on episodes.
+
+    From PPO's learner it keeps the entropy and KL coefficients, the episode handling up to the flat batch, and the
+    checks on modules. Two hooks carry the difference: ``_create_iterator_if_necessary`` hands over the whole batch once
+    instead of cutting it into minibatches of single steps on the host (RLlib offers no narrower place to keep segments
+    whole), and ``_update`` runs all epochs on it, on the device.
+    """
+
+    @override(Learner)
+    def build(self) -> None:
+        # The players are made in `configure_optimizers_for_module`, which `super().build()` calls.
+        self._bilevel_updates: dict[str, BilevelUpdate] = {}
+        self._reward_scale: RewardScale | None = None
+        self._num_epochs, self._minibatch_size = 1, None
+        super().build()
+        if self._learner_connector is None or not self.config.add_default_connectors_to_learner_pipeline:
+            return
+        # PPO computes advantages once, on the host; here they are a function of the critic, inside the update.
+        self._learner_connector.remove(GeneralAdvantageEstimation)
+        self._learner_connector.append(PackSegments(self._num_segments))
+        if self.config.normalize_rewards:
+            self._reward_scale = RewardScale(self.config.gamma, self._reduction, self._device)
+            self._learner_connector.prepend(self._reward_scale)
+
+    @property
+    def _reduction(self) -> Reduction:
+        return AllReduce(self._device) if self.distributed else Reduction()
+
+    @override(TorchLearner)
+    def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
+        module = self._module[module_id].unwrapped()
+        if not isinstance(module, ValueFunctionAPI) and self._is_never_trained(module_id):
+            return
+        players = RLModulePlayers(module, module_id)
+        solver = copy.deepcopy(config.get_ihvp_solver())
+        if solver is not None:
+            solver.check_size(sum(p.numel() for p in players.critic_parameters))
+        optimizers = {}
+        for name, parameters, lr in (
+            (ACTOR_OPTIMIZER, players.actor_parameters, config.actor_lr),
+            (CRITIC_OPTIMIZER, players.critic_parameters, config.critic_lr),
+        ):
+            # fused: one kernel for all parameters, and `found_inf`, by which a bad step is skipped on the device.
+            optimizers[name] = torch.optim.Adam(parameters, eps=config.adam_epsilon, fused=True)
+            self.register_optimizer(
+                module_id=module_id,
+                optimizer_name=name,
+                optimizer=optimizers[name],
+                params=parameters,
+                lr_or_lr_schedule=lr,
+            )
+        self._bilevel_updates[module_id] = BilevelUpdate(
+            players,
+            optimizers[ACTOR_OPTIMIZER],
+            optimizers[CRITIC_OPTIMIZER],
+            CURVATURES[config.curvature],
+            solver,
+            # The same on all learners, so that they draw the same coordinates; different for each module.
+            np.random.default_rng([config.seed or 0, zlib.crc32(module_id.encode())]),
+            self._reduction,
+        )
+
+    def _is_never_trained(self, module_id: str) -> bool:
+        to_train = self.config.policies_to_train
+        return to_train is not None and not callable(to_train) and module_id not in to_train
+
+    @override(PPOTorchLearner)
+    def remove_module(self, module_id: str, **kwargs: Any) -> Any:
+        self._bilevel_updates.pop(module_id, None)
+        return super().remove_module(module_id, **kwargs)
+
+    def _num_minibatches(self, num_steps: int) -> int:
+        if self._minibatch_size is None:
+            return 1
+        return max(1, self._reduction.maximum(round(num_steps / self._minibatch_size)))
+
+    def _num_segments(self, module_id: str, num_steps: int) -> int:
+        """M for a module's share of the batch: equally many whole segments for each minibatch."""
+        length = self.config.get_config_for_module(module_id).get_segment_length()
+        num_minibatches = self._num_minibatches(num_steps)
+        per_minibatch = max(1, round(num_steps / num_minibatches / length))
+        return num_minibatches * min(per_minibatch, max(1, num_steps // num_minibatches))
+
+    @override(Learner)
+    def _create_iterator_if_necessary(
+        self,
+        *,
+        training_data: TrainingData,
+        num_epochs: int = 1,
+        minibatch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Iterable[MultiAgentBatch]:
+        if training_data.data_iterators:
+            raise ValueError("BLPO is on-policy and learns from episodes, not from data iterators (offline data)")
+        self._num_epochs, self._minibatch_size = num_epochs, minibatch_size
+        batch = self._make_batch_if_necessary(training_data=training_data)
+        modules = {
+            module_id: module_batch
+            for module_id, module_batch in batch.policy_batches.items()
+            if self.should_module_be_updated(module_id, batch)
+        }
+        for module_batch in modules.values():
+            # What RLlib's counters of trained steps read; left alone it is the number of segments.
+            module_batch.count = num_epochs * int(module_batch[SEGMENT_STEP].sum())
+        return [MultiAgentBatch(modules, num_epochs * batch.env_steps())]
+
+    @override(TorchLearner)
+    def _update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
+        losses = {}
+        for module_id, module_batch in batch.items():
+            config = self.config.get_config_for_module(module_id)
+            segments = self._segment_batch(module_id, module_batch, config)
+            num_minibatches = min(len(segments), self._num_minibatches(int(segments.step.sum())))
+            metrics = self._bilevel_updates[module_id].run(segments, num_minibatches, self._settings(module_id, config))
+            if metrics["skipped_actor_updates"] or metrics["hypergradient_fallbacks"]:
+                logger.warning("module %r met non-finite numbers in this update: %s", module_id, metrics)
+            if not config.use_kl_loss:
+                del metrics["mean_kl_loss"]
+            self.metrics.log_dict(metrics, key=module_id, window=1)
+            losses[module_id] = metrics["policy_loss"] + metrics["vf_loss"]
+        return {}, losses, {}
+
+    def _segment_batch(self, module_id: str, columns: dict[str, Any], config: Any) -> SegmentBatch:
+        if SEGMENT_STEP not in columns:
+            raise ValueError(
+                f"the train batch of module {module_id!r} holds no segments: leave "
+                "add_default_connectors_to_learner_pipeline=True, or end your own learner pipeline in PackSegments"
+            )
+        dtype = next(self._module[module_id].unwrapped().parameters()).dtype
+
+        def cast(x: torch.Tensor) -> torch.Tensor:
+            return x.to(dtype) if x.is_floating_point() else x
+
+        step, continues = columns[SEGMENT_STEP].to(dtype), columns[SEGMENT_CONTINUES].to(dtype)
+        scale = 1.0 if self._reward_scale is None else self._reward_scale.scale(module_id)
+        return SegmentBatch(
+            obs=tree.map_structure(cast, columns[Columns.OBS]),
+            actions=tree.map_structure(cast, columns[Columns.ACTIONS]),
+            old_logp=cast(columns[Columns.ACTION_LOGP]),
+            old_dist_inputs=cast(columns[Columns.ACTION_DIST_INPUTS]),
+            rewards=cast(columns[Columns.REWARDS]) / scale,
+            step=step,
+            advantage=AdvantageOperator(
+                step, columns[Columns.TERMINATEDS].to(dtype) * step, continues, config.gamma, config.lambda_
+            ),
+        )
+
+    def _settings(self, module_id: str, config: Any) -> UpdateSettings:
+        return UpdateSettings(
+            num_epochs=self._num_epochs,
+            num_critic_updates=config.num_critic_updates,
+            clip=config.clip_param,
+            entropy_coeff=float(self.entropy_coeff_schedulers_per_module[module_id].get_current_value()),
+            kl_coeff=float(self.curr_kl_coeffs_per_module[module_id]) if config.use_kl_loss else None,
+            grad_clip=config.grad_clip,
+            correction=Correction(self._cross_clip(module_id, config), config.hypergradient_bound),
+        )
+
+    def _cross_clip(self, module_id: str, config: Any) -> float | None:
+        """ε_F; the published cross term clips the ratio for continuous actions only."""
+        continuous = isinstance(self._module[module_id].unwrapped().action_space, gym.spaces.Box)
+        return config.cross_clip_param if continuous else None
+
+    @override(Learner)
+    def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
+        state = super().get_state(components, not_components=not_components, **kwargs)
+        if self._check_component(COMPONENT_BILEVEL, components, not_components):
+            state[COMPONENT_BILEVEL] = {
+                module_id: update.get_state() for module_id, update in self._bilevel_updates.items()
+            }
+        if self._learner_connector is not None and self._check_component(
+            COMPONENT_LEARNER_CONNECTOR, components, not_components
+        ):
+            # RLlib does not keep the learner pipeline's state; the reward scale and users' own connectors have some.
+            state[COMPONENT_LEARNER_CONNECTOR] = self._learner_connector.get_state()
+        return state
+
+    @override(Learner)
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        for module_id, update_state in state.get(COMPONENT_BILEVEL, {}).items():
+            if module_id in self._bilevel_updates:
+                self._bilevel_updates[module_id].set_state(update_state)
+        if self._learner_connector is not None and COMPONENT_LEARNER_CONNECTOR in state:
+            self._learner_connector.set_state(state[COMPONENT_LEARNER_CONNECTOR])

@@ -1,0 +1,148 @@
+"""The hypergradient against the published JAX implementation's numbers, minibatch by minibatch.
+
+The files named by ``BLPO_REFERENCE_DIR`` (default: ``tests/reference``) hold the inputs, settings and results.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blpo_rllib.core.curvature import CriticLoss, Hessian
+from blpo_rllib.core.gae import AdvantageOperator
+from blpo_rllib.core.hypergradient import Correction, hypergradient
+from blpo_rllib.core.ihvp import Nystrom
+from blpo_rllib.core.networks import ActorPass, CriticPass, flatten
+from blpo_rllib.core.reduction import Reduction
+from blpo_rllib.core.segments import SegmentBatch
+
+REFERENCE = Path(os.environ.get("BLPO_REFERENCE_DIR", Path(__file__).parent / "reference"))
+FILES = sorted(REFERENCE.glob("*.npz"))
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
+CORE_SHIFT = 1.0
+
+
+def test_reference_files_exist():
+    assert FILES, f"no .npz file in {REFERENCE}: set BLPO_REFERENCE_DIR to the folder that holds them"
+
+
+class Case:
+    """One minibatch of one file."""
+
+    def __init__(self, file, case, dtype):
+        self._arrays = {k.removeprefix(case + "/"): v for k, v in file.items() if k.startswith(case + "/")}
+        self._dtype = dtype
+        self.batch = self._batch(float(file["config/gamma"]), float(file["config/gae_lambda"]))
+
+    def tensor(self, name):
+        x = torch.as_tensor(self._arrays[name])
+        return x.to(self._dtype) if x.is_floating_point() else x
+
+    def parameters(self, name):
+        """The tensors under ``name``, in the file's order."""
+        return {k.removeprefix(name + "/"): self.tensor(k) for k in self._arrays if k.startswith(name + "/")}
+
+    def vector(self, name):
+        return flatten(list(self.parameters(name).values()))
+
+    def _batch(self, gamma, lambda_):
+        dones = self.tensor("dones").to(self._dtype)
+        length = len(dones)
+        slots = lambda x: torch.cat([x, x[-1:]])[None]  # noqa: E731
+        step = torch.ones(1, length + 1, dtype=self._dtype)
+        step[:, -1] = 0
+        terminated = slots(dones) * step
+        continues = (1 - terminated) * step
+        continues[:, -2:] = 0
+        return SegmentBatch(
+            obs=torch.cat([self.tensor("obs"), self.tensor("last_obs")[None]])[None],
+            actions=slots(self.tensor("actions")),
+            old_logp=slots(self.tensor("logp")),
+            old_dist_inputs=step[..., None],
+            rewards=slots(self.tensor("rewards")),
+            step=step,
+            advantage=AdvantageOperator(step, terminated, continues, gamma, lambda_),
+        )
+
+    @property
+    def discrete(self):
+        return "actor/log_std" not in self._arrays
+
+    def critic_loss(self):
+        weights = {k: v.requires_grad_() for k, v in self.parameters("critic").items()}
+        values = mlp(weights, self.batch.obs[0])[:, 0]
+        targets = torch.cat([self.tensor("value_targets"), torch.zeros(1, dtype=self._dtype)])
+        return CriticLoss(CriticPass(values, weights.values()), targets, (self.batch.step / self.batch.step.sum())[0])
+
+    def actor_pass(self):
+        weights = {k: v.requires_grad_() for k, v in self.parameters("actor").items()}
+        outputs, actions = mlp(weights, self.batch.obs[0]), self.batch.actions[0]
+        if self.discrete:
+            logp = torch.distributions.Categorical(logits=outputs).log_prob(actions)
+        else:
+            logp = torch.distributions.Normal(outputs, weights["log_std"].exp()).log_prob(actions).sum(-1)
+        return ActorPass(logp, None, weights.values())
+
+
+def mlp(weights, x):
+    for layer in range(2):
+        x = torch.tanh(x @ weights[f"Dense_{layer}.weight"].T + weights[f"Dense_{layer}.bias"])
+    return x @ weights["Dense_2.weight"].T + weights["Dense_2.bias"]
+
+
+def columns_of(file, parameters):
+    """The file's coordinates (parameter, row, column) as positions in the flat critic vector."""
+    offsets = dict(zip(parameters, np.cumsum([0] + [p.numel() for p in parameters.values()]), strict=False))
+    coordinates = zip(file["nystrom_param"], file["nystrom_row"], file["nystrom_col"], strict=True)
+    return np.array(
+        [offsets[name] + (row if col < 0 else row * parameters[name].shape[1] + col) for name, row, col in coordinates]
+    )
+
+
+def solver_of(file, case):
+    """The IHVP that made the file: Nyström with its coordinates, or, for CG, the file's own product."""
+    if "nystrom_param" not in file:
+        return None
+    solver = Nystrom(int(file["config/nystrom_rank"]), float(file["config/nystrom_rho"]), CORE_SHIFT)
+    solver.columns = columns_of(file, case.parameters("critic"))
+    return solver
+
+
+def relative_error(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_minibatches_match_published_numbers(path, dtype):
+    file = dict(np.load(path))
+    cases = sorted({k.split("/")[0] for k in file if k.startswith("case")})
+    assert cases
+    for name in cases:
+        case = Case(file, name, dtype)
+        loss, solver = case.critic_loss(), solver_of(file, case)
+        published_ihvp = case.vector("ihvp")
+
+        def solve(v, solver=solver, loss=loss, published_ihvp=published_ihvp):
+            return published_ihvp if solver is None else solver.solve(Hessian(loss, Reduction()), v, None)
+
+        result = hypergradient(
+            case.actor_pass(),
+            loss,
+            case.batch,
+            clip=float(file["config/clip_eps"]),
+            correction=Correction(
+                cross_clip=None if case.discrete else float(file["config/clip_f"]), bound=float(file["config/ihvp_bound"])
+            ),
+            solve=solve,
+            reduction=Reduction(),
+        )
+        for published, computed in {
+            "grad_actor": result.grad_actor,
+            "ihvp": result.ihvp,
+            "mixed_product": result.mixed_product,
+            "hypergradient": result.direction,
+        }.items():
+            assert relative_error(computed, case.vector(published)) <= TOLERANCE[dtype], (name, published)
