@@ -40,13 +40,8 @@ class BLPOCatalog(PPOCatalog):
     """PPO's catalog with orthogonal heads.
 
     Two entries of the model config beyond RLlib's: ``policy_head_gain`` and ``value_head_gain``, the gains of the
-    heads' last layers; None leaves RLlib's initialisation. ``free_log_std`` is ignored unless actions are continuous.
+    heads' last layers; None leaves RLlib's initialisation.
     """
-
-    def __init__(self, observation_space: gym.Space, action_space: gym.Space, model_config_dict: dict[str, Any]):
-        if not isinstance(action_space, gym.spaces.Box):
-            model_config_dict = {**model_config_dict, "free_log_std": False}
-        super().__init__(observation_space, action_space, model_config_dict)
 
     @override(PPOCatalog)
     def build_pi_head(self, framework: str) -> Model:
@@ -70,10 +65,17 @@ def _orthogonal_last_layer(head: nn.Module, gain: float | None) -> None:
 
 
 class BLPOTorchRLModule(DefaultPPOTorchRLModule):
-    """RLlib's default PPO module, except that the training pass leaves the critic out where it is separate."""
+    """RLlib's default PPO module, except that the training pass leaves the critic out where it is separate.
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **{"catalog_class": BLPOCatalog, **kwargs})
+    ``free_log_std`` in the model config is ignored unless actions are continuous.
+    """
+
+    def __init__(self, *, action_space: gym.Space, model_config: Any, catalog_class: type | None = None, **kwargs: Any):
+        if isinstance(model_config, dict) and not isinstance(action_space, gym.spaces.Box):
+            model_config = {**model_config, "free_log_std": False}
+        super().__init__(
+            action_space=action_space, model_config=model_config, catalog_class=catalog_class or BLPOCatalog, **kwargs
+        )
 
     @override(RLModule)
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

@@ -1,0 +1,190 @@
+"""Times the update phase of BLPO, nested PPO and RLlib's own PPO learner on one random batch, in one process.
+
+    python benchmarks/update_phase.py --shapes hopper cartpole --rank 5 --device cpu --threads 2
+
+Each learner gets the same episodes, turned into its train batch by its own connectors beforehand; what is timed is
+``Learner.update(batch=...)``: all epochs and minibatches, metrics included. Rounds of the learners alternate, and the
+ratios printed are medians over rounds of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+import gymnasium as gym
+import numpy as np
+import torch
+from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.learner.training_data import TrainingData
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+
+from blpo_rllib import BLPOConfig
+from blpo_rllib.rl_module import REFERENCE_MODEL_CONFIG
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch of ``num_envs`` rollouts of ``length`` steps, one minibatch each."""
+
+    num_envs: int
+    length: int
+    num_epochs: int
+    observation_size: int
+    action_space: gym.Space
+    num_critic_updates: int
+    hiddens: tuple[int, ...] = (64, 64)
+
+    @property
+    def num_minibatches(self) -> int:
+        return self.num_envs * self.num_epochs
+
+
+SHAPES = {
+    "hopper": Shape(32, 640, 4, 11, gym.spaces.Box(-1, 1, (3,), np.float32), 3),
+    "cartpole": Shape(4, 128, 4, 4, gym.spaces.Discrete(2), 5),
+    "wide": Shape(64, 4096, 1, 11, gym.spaces.Box(-1, 1, (3,), np.float32), 3, (256, 256, 256)),
+}
+
+
+def configure(config, shape: Shape, device: str, **training):
+    """The settings that all learners share."""
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (shape.observation_size,), np.float32)
+    model = REFERENCE_MODEL_CONFIG | {
+        "fcnet_hiddens": list(shape.hiddens),
+        "free_log_std": isinstance(shape.action_space, gym.spaces.Box),
+    }
+    return (
+        config.environment(observation_space=observation_space, action_space=shape.action_space)
+        .env_runners(num_env_runners=0, num_envs_per_env_runner=shape.num_envs)
+        .learners(num_learners=0, num_gpus_per_learner=int(device == "cuda"))
+        .rl_module(model_config=model)
+        .training(
+            train_batch_size_per_learner=shape.num_envs * shape.length,
+            minibatch_size=shape.length,
+            num_epochs=shape.num_epochs,
+            **training,
+        )
+    )
+
+
+def learners(shape: Shape, rank: int, device: str) -> dict:
+    """The learners to compare, by name."""
+    nested = {"num_critic_updates": shape.num_critic_updates}
+    ppo = {"use_kl_loss": False, "lr": 3e-4, "gamma": 0.99, "lambda_": 0.95, "clip_param": 0.2}
+    configs = {
+        "rllib_ppo": configure(PPOConfig(), shape, device, **ppo),
+        "nested_ppo": configure(BLPOConfig(), shape, device, hypergradient="none", **nested),
+        "blpo": configure(BLPOConfig(), shape, device, nystrom_rank=rank, **nested),
+    }
+    return {name: config.build_learner() for name, config in configs.items()}
+
+
+def random_episodes(shape: Shape, seed: int) -> list[SingleAgentEpisode]:
+    """One rollout fragment per environment, cut where it is."""
+    rng = np.random.default_rng(seed)
+    discrete = isinstance(shape.action_space, gym.spaces.Discrete)
+    episodes = []
+    for _ in range(shape.num_envs):
+        size = (shape.length,) if discrete else (shape.length, *shape.action_space.shape)
+        outputs = shape.action_space.n if discrete else 2 * shape.action_space.shape[0]
+        episodes.append(
+            SingleAgentEpisode(
+                observations=list(rng.normal(size=(shape.length + 1, shape.observation_size)).astype(np.float32)),
+                actions=list(rng.integers(shape.action_space.n, size=size) if discrete else rng.normal(size=size)),
+                rewards=list(rng.normal(size=shape.length)),
+                extra_model_outputs={
+                    Columns.ACTION_LOGP: list(np.full(shape.length, -0.7 if discrete else -3.0, np.float32)),
+                    Columns.ACTION_DIST_INPUTS: list(np.zeros((shape.length, outputs), np.float32)),
+                },
+                len_lookback_buffer=0,
+            ).to_numpy()
+        )
+    return episodes
+
+
+def time_round(learner, batch, shape: Shape) -> float:
+    """Milliseconds per minibatch of one update phase."""
+    synchronize = torch.cuda.synchronize if learner.device.type == "cuda" else lambda: None
+    batch = batch.copy()
+    synchronize()
+    start = time.perf_counter()
+    learner.update(
+        batch=batch, minibatch_size=shape.length, num_epochs=shape.num_epochs, shuffle_batch_per_epoch=True, timesteps={}
+    )
+    synchronize()
+    return 1e3 * (time.perf_counter() - start) / shape.num_minibatches
+
+
+def measure(shape: Shape, rank: int, device: str, rounds: int, warmup: int) -> dict:
+    """Milliseconds per minibatch by learner, and their ratios to RLlib's PPO learner."""
+    by_name = learners(shape, rank, device)
+    batches, first_update, milliseconds = {}, {}, {name: [] for name in by_name}
+    for name, learner in by_name.items():
+        if name != "rllib_ppo":
+            learner._minibatch_size = shape.length
+        episodes = copy.deepcopy(random_episodes(shape, seed=0))
+        batches[name] = learner._make_batch_if_necessary(TrainingData(episodes=episodes))
+        first_update[name] = time_round(learner, batches[name], shape) * shape.num_minibatches / 1e3
+    for round_ in range(warmup + rounds):
+        for name, learner in by_name.items():
+            elapsed = time_round(learner, batches[name], shape)
+            if round_ >= warmup:
+                milliseconds[name].append(elapsed)
+    median = {name: statistics.median(values) for name, values in milliseconds.items()}
+    ratios = {
+        name: statistics.median(x / y for x, y in zip(values, milliseconds["rllib_ppo"], strict=True))
+        for name, values in milliseconds.items()
+    }
+    return {
+        "ms_per_minibatch": {name: round(value, 3) for name, value in median.items()},
+        "ratio_to_rllib_ppo": {name: round(value, 3) for name, value in ratios.items()},
+        "ratio_range": {
+            name: [
+                round(f(x / y for x, y in zip(values, milliseconds["rllib_ppo"], strict=True)), 3) for f in (min, max)
+            ]
+            for name, values in milliseconds.items()
+        },
+        "first_update_s": {name: round(value, 2) for name, value in first_update.items()},
+        "minibatches": shape.num_minibatches,
+        "rounds": rounds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["hopper", "cartpole"])
+    parser.add_argument("--rank", type=int, default=5, help="Nyström rank k")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="torch's intra-op threads")
+    parser.add_argument("--rounds", type=int, default=7, help="timed update phases per learner")
+    parser.add_argument("--warmup", type=int, default=1, help="untimed update phases per learner after the first")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results = {name: measure(SHAPES[name], args.rank, args.device, args.rounds, args.warmup) for name in args.shapes}
+    print(
+        json.dumps(
+            {
+                "date": datetime.now(UTC).date().isoformat(),
+                "machine": f"{platform.machine()}, {platform.processor() or 'unknown processor'}",
+                "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
+                "torch": torch.__version__,
+                "threads": args.threads,
+                "rank": args.rank,
+                "shapes": {name: str(asdict(SHAPES[name])) for name in args.shapes},
+                "results": results,
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
