@@ -117,7 +117,11 @@ def time_round(learner, batch, shape: Shape) -> float:
     synchronize()
     start = time.perf_counter()
     learner.update(
-        batch=batch, minibatch_size=shape.length, num_epochs=shape.num_epochs, shuffle_batch_per_epoch=True, timesteps={}
+        batch=batch,
+        minibatch_size=shape.length,
+        num_epochs=shape.num_epochs,
+        shuffle_batch_per_epoch=True,
+        timesteps={},
     )
     synchronize()
     return 1e3 * (time.perf_counter() - start) / shape.num_minibatches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
@@ -14,11 +14,11 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.schedules.scheduler import Scheduler
 from ray.rllib.utils.typing import LearningRateOrSchedule
-from typing_extensions import Self
 
 from blpo_rllib.core.curvature import CURVATURES
 from blpo_rllib.core.ihvp import ConjugateGradient, Exact, IHVPSolver, Nystrom
-from blpo_rllib.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule, RLModulePlayers, check_module_class
+from blpo_rllib.players import RLModulePlayers, check_module_class
+from blpo_rllib.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
 
 # The solvers that `hypergradient` knows by name, made from the config's fields.
 IHVP_SOLVERS: dict[str, Callable[[BLPOConfig], IHVPSolver | None]] = {
@@ -47,6 +47,14 @@ class BLPOConfig(PPOConfig):
         algo = config.build_algo()
         algo.train()
     """
+
+    nystrom_rank: int
+    nystrom_damping: float
+    nystrom_core_shift: float
+    nystrom_redraw: bool
+    cg_iterations: int
+    cg_damping: float
+    exact_damping: float
 
     def __init__(self, algo_class: type[Algorithm] | None = None):
         super().__init__(algo_class=algo_class or BLPO)
@@ -210,7 +218,8 @@ class BLPOConfig(PPOConfig):
                 self._value_error(f"{name}={value!r} must be a number >= 0, or None for none")
         if self.hypergradient_bound == 0:
             self._value_error(
-                'hypergradient_bound=0 computes the correction and throws it away: use hypergradient="none" for nested PPO'
+                "hypergradient_bound=0 computes the correction and throws it away: "
+                'use hypergradient="none" for nested PPO'
             )
         if self.curvature not in CURVATURES:
             self._value_error(f"curvature={self.curvature!r} must be one of {', '.join(map(repr, CURVATURES))}")

@@ -59,9 +59,7 @@ class PackSegments(ConnectorV2):
         layout = layout_segments(is_step, terminated, num_segments)
         device = columns[Columns.LOSS_MASK].device
         index = torch.as_tensor(layout.index, device=device)
-        packed = {
-            name: tree.map_structure(lambda x: x[index], columns[name]) for name in _COLUMNS if name in columns
-        }
+        packed = {name: tree.map_structure(lambda x: x[index], columns[name]) for name in _COLUMNS if name in columns}
         packed[SEGMENT_STEP] = torch.as_tensor(layout.step, device=device)
         packed[SEGMENT_CONTINUES] = torch.as_tensor(layout.continues, device=device)
         return packed

@@ -24,7 +24,9 @@ def run_example(config: BLPOConfig, *, stop_reward: float, stop_timesteps: int) 
     parser = add_rllib_example_script_args(
         default_reward=stop_reward, default_timesteps=stop_timesteps, default_iters=1_000_000
     )
-    parser.add_argument("--seed", type=int, default=0, help="Seed; with --num-samples N, trials take seed ... seed+N-1.")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed; with --num-samples N, trials take seed ... seed+N-1."
+    )
     parser.set_defaults(algo="BLPO")
     args = parser.parse_args()
     if args.num_samples > 1 and not args.no_tune:

@@ -25,11 +25,11 @@ from ray.rllib.utils.annotations import override
 from blpo_rllib.connectors import SEGMENT_CONTINUES, SEGMENT_STEP, PackSegments, RewardScale
 from blpo_rllib.core.curvature import CURVATURES
 from blpo_rllib.core.gae import AdvantageOperator
-from blpo_rllib.core.hypergradient import Correction
+from blpo_rllib.core.hypergradient import Correction, LeaderLoss
 from blpo_rllib.core.reduction import AllReduce, Reduction
 from blpo_rllib.core.segments import SegmentBatch
 from blpo_rllib.core.update import BilevelUpdate, UpdateSettings
-from blpo_rllib.rl_module import RLModulePlayers
+from blpo_rllib.players import RLModulePlayers
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ class BLPOTorchLearner(PPOTorchLearner):
         # The players are made in `configure_optimizers_for_module`, which `super().build()` calls.
         self._bilevel_updates: dict[str, BilevelUpdate] = {}
         self._reward_scale: RewardScale | None = None
-        self._num_epochs, self._minibatch_size = 1, None
+        self._num_epochs = 1
+        self._minibatch_size: int | None = None
         super().build()
         if self._learner_connector is None or not self.config.add_default_connectors_to_learner_pipeline:
             return
@@ -182,7 +183,7 @@ class BLPOTorchLearner(PPOTorchLearner):
             old_dist_inputs=cast(columns[Columns.ACTION_DIST_INPUTS]),
             rewards=cast(columns[Columns.REWARDS]) / scale,
             step=step,
-            advantage=AdvantageOperator(
+            advantage=AdvantageOperator.of(
                 step, columns[Columns.TERMINATEDS].to(dtype) * step, continues, config.gamma, config.lambda_
             ),
         )
@@ -191,9 +192,11 @@ class BLPOTorchLearner(PPOTorchLearner):
         return UpdateSettings(
             num_epochs=self._num_epochs,
             num_critic_updates=config.num_critic_updates,
-            clip=config.clip_param,
-            entropy_coeff=float(self.entropy_coeff_schedulers_per_module[module_id].get_current_value()),
-            kl_coeff=float(self.curr_kl_coeffs_per_module[module_id]) if config.use_kl_loss else None,
+            leader=LeaderLoss(
+                clip=config.clip_param,
+                entropy_coeff=float(self.entropy_coeff_schedulers_per_module[module_id].get_current_value()),
+                kl_coeff=float(self.curr_kl_coeffs_per_module[module_id]) if config.use_kl_loss else None,
+            ),
             grad_clip=config.grad_clip,
             correction=Correction(self._cross_clip(module_id, config), config.hypergradient_bound),
         )

@@ -12,9 +12,9 @@ import torch
 
 from blpo_rllib.core.curvature import CriticLoss, Hessian
 from blpo_rllib.core.gae import AdvantageOperator
-from blpo_rllib.core.hypergradient import Correction, hypergradient
+from blpo_rllib.core.hypergradient import Correction, LeaderLoss, hypergradient
 from blpo_rllib.core.ihvp import Nystrom
-from blpo_rllib.core.networks import ActorPass, CriticPass, flatten
+from blpo_rllib.core.networks import AutogradActorPass, AutogradCriticPass, flatten
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentBatch
 
@@ -63,7 +63,7 @@ class Case:
             old_dist_inputs=step[..., None],
             rewards=slots(self.tensor("rewards")),
             step=step,
-            advantage=AdvantageOperator(step, terminated, continues, gamma, lambda_),
+            advantage=AdvantageOperator.of(step, terminated, continues, gamma, lambda_),
         )
 
     @property
@@ -74,16 +74,19 @@ class Case:
         weights = {k: v.requires_grad_() for k, v in self.parameters("critic").items()}
         values = mlp(weights, self.batch.obs[0])[:, 0]
         targets = torch.cat([self.tensor("value_targets"), torch.zeros(1, dtype=self._dtype)])
-        return CriticLoss(CriticPass(values, weights.values()), targets, (self.batch.step / self.batch.step.sum())[0])
+        return CriticLoss(
+            AutogradCriticPass(values, weights.values()), targets, (self.batch.step / self.batch.step.sum())[0]
+        )
 
     def actor_pass(self):
         weights = {k: v.requires_grad_() for k, v in self.parameters("actor").items()}
         outputs, actions = mlp(weights, self.batch.obs[0]), self.batch.actions[0]
         if self.discrete:
-            logp = torch.distributions.Categorical(logits=outputs).log_prob(actions)
+            distribution = torch.distributions.Categorical(logits=outputs)
         else:
-            logp = torch.distributions.Normal(outputs, weights["log_std"].exp()).log_prob(actions).sum(-1)
-        return ActorPass(logp, None, weights.values())
+            normal = torch.distributions.Normal(outputs, weights["log_std"].exp())
+            distribution = torch.distributions.Independent(normal, 1)
+        return AutogradActorPass(distribution.log_prob(actions), distribution.entropy(), None, weights.values())
 
 
 def mlp(weights, x):
@@ -132,9 +135,10 @@ def test_minibatches_match_published_numbers(path, dtype):
             case.actor_pass(),
             loss,
             case.batch,
-            clip=float(file["config/clip_eps"]),
+            leader=LeaderLoss(float(file["config/clip_eps"])),
             correction=Correction(
-                cross_clip=None if case.discrete else float(file["config/clip_f"]), bound=float(file["config/ihvp_bound"])
+                cross_clip=None if case.discrete else float(file["config/clip_f"]),
+                bound=float(file["config/ihvp_bound"]),
             ),
             solve=solve,
             reduction=Reduction(),

@@ -51,6 +51,21 @@ class Surrogate:
 
 
 @dataclass(frozen=True)
+class LeaderLoss:
+    """J(θ, w) = −Σ_t m_t (s_t + c_H·entropy_t − c_KL·KL_t).
+
+    Attributes:
+        clip: ε, the clip width of the surrogate s.
+        entropy_coeff: c_H.
+        kl_coeff: c_KL; None to leave the KL divergence from the old policy out.
+    """
+
+    clip: float
+    entropy_coeff: float = 0.0
+    kl_coeff: float | None = None
+
+
+@dataclass(frozen=True)
 class Correction:
     """How the cross term enters the hypergradient.
 
@@ -99,12 +114,17 @@ def probability_ratio(batch: SegmentBatch, logp: Tensor) -> Tensor:
 
 
 def leader_gradient(
-    actor: ActorPass, batch: SegmentBatch, adv: Tensor, weights: Tensor, clip: float, reduction: Reduction
+    actor: ActorPass, batch: SegmentBatch, adv: Tensor, weights: Tensor, leader: LeaderLoss, reduction: Reduction
 ) -> tuple[Surrogate, Tensor]:
-    """The surrogate and g_θ = ∇_θ J with J = −Σ_t m_t s_t + penalty."""
-    surrogate = Surrogate.clipped(probability_ratio(batch, actor.logp), adv, clip)
-    cotangent = -weights * surrogate.ratio * surrogate.active * adv
-    return surrogate, reduction.sum(actor.loss_gradient(cotangent.flatten()))
+    """The surrogate and g_θ = ∇_θ J."""
+    surrogate = Surrogate.clipped(probability_ratio(batch, actor.logp), adv, leader.clip)
+    m = weights.flatten()
+    gradient = actor.gradient(
+        logp=(-weights * surrogate.ratio * surrogate.active * adv).flatten(),
+        entropy=-leader.entropy_coeff * m if leader.entropy_coeff else None,
+        kl=None if leader.kl_coeff is None else leader.kl_coeff * m,
+    )
+    return surrogate, reduction.sum(gradient)
 
 
 def leader_critic_gradient(
@@ -134,7 +154,7 @@ def mixed_product(
     delta_adv = batch.advantage.accumulate(batch.advantage.td(delta_values))
     residual = (loss.targets - loss.critic.values).view_as(adv)
     slope = delta_adv * residual - adv * delta_values
-    return reduction.sum(actor.score_product((-2 * batch.step * ratio * cross.active * slope).flatten()))
+    return reduction.sum(actor.gradient((-2 * batch.step * ratio * cross.active * slope).flatten()))
 
 
 def bounded(mixed: Tensor, gradient: Tensor, bound: float | None) -> Tensor:
@@ -148,7 +168,7 @@ def hypergradient(
     actor: ActorPass,
     loss: CriticLoss,
     batch: SegmentBatch,
-    clip: float,
+    leader: LeaderLoss,
     correction: Correction,
     solve: Callable[[Tensor], Tensor],
     reduction: Reduction,
@@ -159,7 +179,7 @@ def hypergradient(
         actor: The actor at θ on the minibatch's slots.
         loss: The follower's objective at w, after its nested steps.
         batch: The minibatch, B segments of S slots.
-        clip: PPO's clip width ε.
+        leader: The leader's objective.
         correction: Clip and bound of the cross term.
         solve: v to x, the inverse-Hessian-vector product.
         reduction: Sums over the processes that share the minibatch.
@@ -169,7 +189,7 @@ def hypergradient(
     """
     weights = loss.weights.view_as(batch.step)
     adv = batch.advantage.advantages(batch.rewards, loss.critic.values.view_as(batch.step))
-    surrogate, grad_actor = leader_gradient(actor, batch, adv, weights, clip, reduction)
+    surrogate, grad_actor = leader_gradient(actor, batch, adv, weights, leader, reduction)
     grad_critic = leader_critic_gradient(loss, batch, surrogate, weights, reduction)
     ihvp = solve(grad_critic)
     product = mixed_product(actor, loss, batch, adv, surrogate.ratio, ihvp, correction.cross_clip, reduction)

@@ -1,19 +1,23 @@
-"""The two players as functions of their parameters: derivatives of V(s) and of log π(a|s) on one minibatch.
+"""The two players on one minibatch: values, log-probabilities and products with their derivatives.
 
-Parameters of a player are seen as one flat vector: w in R^p for the critic, θ in R^q for the actor.
+Parameters of a player are seen as one flat vector: w in R^p for the critic, θ in R^q for the actor. The classes here
+state what the mathematics needs and obtain it by automatic differentiation from any module; :mod:`blpo_rllib.core.mlp`
+gives the same by hand for multi-layer perceptrons.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def flatten(tensors: Sequence[Tensor], batch_dims: int = 0) -> Tensor:
-    """Concatenates tensors into one vector [..., n], keeping ``batch_dims`` leading axes."""
-    return torch.cat([x.flatten(batch_dims) for x in tensors], -1)
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenates tensors into one vector [n]."""
+    return torch.cat([x.reshape(-1) for x in tensors])
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -28,55 +32,33 @@ def assign_gradient(parameters: Sequence[Tensor], gradient: Tensor) -> None:
         parameter.grad = piece
 
 
-def _gradient(outputs: Tensor, parameters: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False) -> Tensor:
-    gradients = torch.autograd.grad(
-        outputs, parameters, cotangent, retain_graph=True, create_graph=create_graph, materialize_grads=True
-    )
-    return flatten(gradients)
-
-
-class CriticPass:
+class CriticPass(ABC):
     r"""The critic at one w on one minibatch: values V [n] and products with its first and second derivatives.
 
-    J = ∂V/∂w is the Jacobian [n, p]. Any differentiable module serves: nothing here knows its layers.
+    J = ∂V/∂w is the Jacobian [n, p].
 
-    Args:
-        values: V [n], with its autograd graph.
-        parameters: The critic's parameters, p numbers in all.
+    Attributes:
+        values: V [n], without a graph.
+        num_parameters: p.
     """
 
-    def __init__(self, values: Tensor, parameters: Sequence[Tensor]):
-        self.parameters = list(parameters)
-        self._graph = values
-        self.values = values.detach()
+    values: Tensor
+    num_parameters: int
 
-    @property
-    def num_parameters(self) -> int:
-        """p."""
-        return sum(x.numel() for x in self.parameters)
-
+    @abstractmethod
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Jᵀ u, [n] to [p]; or one product a row, [k, n] to [k, p]."""
-        if cotangent.dim() == 1:
-            return _gradient(self._graph, self.parameters, cotangent)
-        return torch.stack([_gradient(self._graph, self.parameters, u) for u in cotangent])
 
+    @abstractmethod
     def jvp(self, tangent: Tensor) -> Tensor:
-        """J x, [p] to [n]; or one product a row, [k, p] to [k, n]."""
-        probe = torch.zeros_like(self.values, requires_grad=True)
-        transposed = _gradient(self._graph, self.parameters, probe, create_graph=True)
-        rows = [
-            torch.autograd.grad(transposed, probe, x, retain_graph=True, materialize_grads=True)[0]
-            for x in torch.atleast_2d(tangent)
-        ]
-        return rows[0] if tangent.dim() == 1 else torch.stack(rows)
+        """J x, [p] to [n]."""
 
-    def jacobian_columns(self, columns: Tensor) -> Tensor:
-        """Jᵀ[K, :], i.e. ∂V/∂w_i for each i in ``columns``: int64 [k] to [k, n]."""
-        units = self.values.new_zeros(len(columns), self.num_parameters)
-        return self.jvp(units.scatter_(1, columns[:, None], 1.0))
+    @abstractmethod
+    def jacobian_columns(self, columns: np.ndarray) -> Tensor:
+        """∂V/∂w_i for each i in ``columns``: int64 [k] to [k, n]."""
 
-    def second_order_rows(self, columns: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    @abstractmethod
+    def second_order_rows(self, columns: np.ndarray, first: Tensor, second: Tensor) -> Tensor:
         r"""Rows K of :math:`J^\top \mathrm{diag}(a) J + \sum_t u_t \nabla^2 V_t`.
 
         Args:
@@ -87,40 +69,103 @@ class CriticPass:
         Returns:
             The rows, [k, p].
         """
-        gradient = self._loss_gradient(first, second)
-        return torch.stack([_gradient(entry, self.parameters, torch.ones_like(entry)) for entry in gradient[columns]])
 
+    @abstractmethod
     def second_order_product(self, tangent: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """The matrix of :meth:`second_order_rows` times ``tangent`` [p]."""
-        return _gradient(self._loss_gradient(first, second), self.parameters, tangent)
+
+
+class ActorPass(ABC):
+    """The actor at one θ on one minibatch.
+
+    Attributes:
+        logp: log π(a|s) [n] of the actions taken, without a graph.
+        entropy: Entropy [n] of π(·|s).
+        kl: KL(π_old(·|s) ‖ π(·|s)) [n], or None where no penalty asks for it.
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    kl: Tensor | None
+
+    @abstractmethod
+    def gradient(self, logp: Tensor, entropy: Tensor | None = None, kl: Tensor | None = None) -> Tensor:
+        """Σ_t c_t ∇ log π(a_t|s_t) for weights c = ``logp`` [n], to [q]; plus the same for the other quantities."""
+
+
+def _gradient(outputs: Tensor, parameters: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False) -> Tensor:
+    gradients = torch.autograd.grad(
+        outputs, parameters, cotangent, retain_graph=True, create_graph=create_graph, materialize_grads=True
+    )
+    return flatten(gradients)
+
+
+class AutogradCriticPass(CriticPass):
+    """By automatic differentiation, for any twice differentiable module.
+
+    Args:
+        values: V [n], with its autograd graph.
+        parameters: The critic's parameters, p numbers in all.
+    """
+
+    def __init__(self, values: Tensor, parameters: Sequence[Tensor]):
+        self._graph, self._parameters = values, list(parameters)
+        self.values = values.detach()
+        self.num_parameters = sum(x.numel() for x in self._parameters)
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        if cotangent.dim() == 1:
+            return _gradient(self._graph, self._parameters, cotangent)
+        return torch.stack([_gradient(self._graph, self._parameters, u) for u in cotangent])
+
+    def jvp(self, tangent: Tensor) -> Tensor:
+        return self._jvps(tangent[None])[0]
+
+    def jacobian_columns(self, columns: np.ndarray) -> Tensor:
+        units = self.values.new_zeros(len(columns), self.num_parameters)
+        return self._jvps(units.scatter_(1, torch.as_tensor(columns, device=units.device)[:, None], 1.0))
+
+    def _jvps(self, tangents: Tensor) -> Tensor:
+        """J x as the derivative of u ↦ (Jᵀ u) · x, which needs no forward-mode rules of the module's operations."""
+        probe = torch.zeros_like(self.values, requires_grad=True)
+        transposed = _gradient(self._graph, self._parameters, probe, create_graph=True)
+        products = [
+            torch.autograd.grad(transposed, probe, x, retain_graph=True, materialize_grads=True)[0] for x in tangents
+        ]
+        return torch.stack(products)
+
+    def second_order_rows(self, columns: np.ndarray, first: Tensor, second: Tensor) -> Tensor:
+        picked = self._loss_gradient(first, second)[torch.as_tensor(columns, device=first.device)]
+        return torch.stack([_gradient(entry, self._parameters, torch.ones_like(entry)) for entry in picked])
+
+    def second_order_product(self, tangent: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return _gradient(self._loss_gradient(first, second), self._parameters, tangent)
 
     def _loss_gradient(self, first: Tensor, second: Tensor) -> Tensor:
         """The gradient of Σ_t u_t V_t + a_t (V_t − V_t(w))²/2 in w, differentiable once more."""
         cotangent = first + second * (self._graph - self.values)
-        return _gradient(self._graph, self.parameters, cotangent, create_graph=True)
+        return _gradient(self._graph, self._parameters, cotangent, create_graph=True)
 
 
-class ActorPass:
-    """The actor at one θ on one minibatch.
+class AutogradActorPass(ActorPass):
+    """By automatic differentiation, for any differentiable module.
 
     Args:
         logp: log π(a|s) [n] of the actions taken, with its autograd graph.
-        penalty: A scalar function of θ to be added to the leader's loss (entropy bonus, KL penalty), or None.
+        entropy: Entropy [n] of the action distributions, with its autograd graph.
+        kl: KL divergence [n] from the old distributions, with its autograd graph, or None.
         parameters: The actor's parameters, q numbers in all.
     """
 
-    def __init__(self, logp: Tensor, penalty: Tensor | None, parameters: Sequence[Tensor]):
-        self.parameters = list(parameters)
-        self._graph, self._penalty = logp, penalty
-        self.logp = logp.detach()
+    def __init__(self, logp: Tensor, entropy: Tensor, kl: Tensor | None, parameters: Sequence[Tensor]):
+        self._graphs, self._parameters = (logp, entropy, kl), list(parameters)
+        self.logp, self.entropy = logp.detach(), entropy.detach()
+        self.kl = None if kl is None else kl.detach()
 
-    def score_product(self, weights: Tensor) -> Tensor:
-        """Σ_t c_t ∇ log π(a_t|s_t), [n] to [q]."""
-        return _gradient(self._graph, self.parameters, weights)
-
-    def loss_gradient(self, weights: Tensor) -> Tensor:
-        """:meth:`score_product` plus the gradient of the penalty."""
-        product = self.score_product(weights)
-        if self._penalty is None:
-            return product
-        return product + _gradient(self._penalty, self.parameters, torch.ones_like(self._penalty))
+    def gradient(self, logp: Tensor, entropy: Tensor | None = None, kl: Tensor | None = None) -> Tensor:
+        products = [
+            _gradient(graph, self._parameters, weights)
+            for graph, weights in zip(self._graphs, (logp, entropy, kl), strict=True)
+            if graph is not None and weights is not None
+        ]
+        return products[0] if len(products) == 1 else torch.stack(products).sum(0)

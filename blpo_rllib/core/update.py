@@ -16,7 +16,7 @@ from blpo_rllib.core.curvature import CriticLoss, Curvature
 from blpo_rllib.core.hypergradient import (
     Correction,
     Hypergradient,
-    Surrogate,
+    LeaderLoss,
     hypergradient,
     leader_gradient,
     step_weights,
@@ -27,21 +27,6 @@ from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentBatch
 
 
-@dataclass(frozen=True)
-class PolicyTerms:
-    """The actor's outputs per slot [n], with their autograd graphs.
-
-    Attributes:
-        logp: log π(a|s) of the actions taken.
-        entropy: Entropy of π(·|s).
-        kl: KL(π_old(·|s) ‖ π(·|s)), or None where no penalty asks for it.
-    """
-
-    logp: Tensor
-    entropy: Tensor
-    kl: Tensor | None
-
-
 class Players(ABC):
     """A leader and a follower with no parameter in common."""
 
@@ -49,12 +34,12 @@ class Players(ABC):
     critic_parameters: list[Tensor]
 
     @abstractmethod
-    def values(self, obs: Any) -> Tensor:
-        """V [n] of observations [n, ...]."""
+    def critic(self, obs: Any) -> CriticPass:
+        """The critic at observations [n, ...]."""
 
     @abstractmethod
-    def policy(self, obs: Any, actions: Any, old_dist_inputs: Tensor | None) -> PolicyTerms:
-        """The policy at observations [n, ...]; with the KL divergence if ``old_dist_inputs`` [n, d] are given."""
+    def actor(self, obs: Any, actions: Any, old_dist_inputs: Tensor | None) -> ActorPass:
+        """The actor at observations [n, ...]; with the KL divergence if ``old_dist_inputs`` [n, d] are given."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +49,14 @@ class UpdateSettings:
     Attributes:
         num_epochs: Passes over the batch, >= 1.
         num_critic_updates: N, nested critic steps per minibatch, >= 1.
-        clip: ε, the clip width of the leader's surrogate.
-        entropy_coeff: Weight of the entropy bonus in the leader's loss.
-        kl_coeff: Weight of the KL penalty in the leader's loss; None to leave it out.
+        leader: The leader's objective.
         grad_clip: Largest global norm of a player's gradient; None for no clipping.
         correction: Clip and bound of the cross term.
     """
 
     num_epochs: int
     num_critic_updates: int
-    clip: float
-    entropy_coeff: float
-    kl_coeff: float | None
+    leader: LeaderLoss
     grad_clip: float | None
     correction: Correction
 
@@ -111,7 +92,7 @@ class BilevelUpdate:
 
     Args:
         players: Actor and critic.
-        actor_optimizer: Optimizer of ``players.actor_parameters``; must honour ``found_inf`` as torch's fused Adam does.
+        actor_optimizer: Optimizer of ``players.actor_parameters`` that honours ``found_inf``, as torch's fused Adam.
         critic_optimizer: The same for ``players.critic_parameters``.
         curvature: Class of the follower's curvature.
         solver: The inverse-Hessian-vector product; None for nested PPO, which follows g_θ alone.
@@ -148,7 +129,7 @@ class BilevelUpdate:
         """
         size = len(batch) // num_minibatches
         targets = self._value_targets(batch, size)
-        sums: Tensor | float = 0.0
+        sums = torch.zeros(len(STEP_MEANS + MINIBATCH_MEANS + COUNTS), dtype=targets.dtype, device=targets.device)
         for minibatch, minibatch_targets in self._minibatches(batch, targets, size, settings.num_epochs):
             loss, result, metrics = self._minibatch_update(minibatch, minibatch_targets, settings)
             # A minibatch that was skipped for non-finite numbers is counted, and left out of the means.
@@ -170,7 +151,7 @@ class BilevelUpdate:
         """GAE + V under the critic at the start of the phase, [M, S]."""
         with torch.no_grad():
             parts = [batch.rows(i, i + size) for i in range(0, len(batch), size)]
-            values = torch.cat([self._players.values(_slots(part.obs)).view_as(part.step) for part in parts])
+            values = torch.cat([self._players.critic(_slots(part.obs)).values.view_as(part.step) for part in parts])
         return values + batch.advantage.advantages(batch.rewards, values)
 
     def _minibatches(
@@ -188,15 +169,13 @@ class BilevelUpdate:
         weights = step_weights(batch, self._reduction)
         loss_before, critic_skips = self._nested_critic_updates(batch, targets, weights, settings)
         loss = self._critic_loss(batch, targets, weights)
-        policy = self._players.policy(
-            _slots(batch.obs), _slots(batch.actions), None if settings.kl_coeff is None else _slots(batch.old_dist_inputs)
-        )
-        actor = ActorPass(policy.logp, _penalty(policy, weights, settings), self._players.actor_parameters)
+        old_dist_inputs = None if settings.leader.kl_coeff is None else _slots(batch.old_dist_inputs)
+        actor = self._players.actor(_slots(batch.obs), _slots(batch.actions), old_dist_inputs)
         result = self._hypergradient(actor, loss, batch, settings)
         actor_skip = self._step(self._actor_optimizer, self._players.actor_parameters, result.direction, settings)
         metrics = torch.stack(
             [
-                *_step_means(batch, loss, policy, result, weights, loss_before, settings.clip),
+                *_step_means(loss, actor, result, weights, loss_before, settings.leader.clip),
                 *_minibatch_means(result),
                 1.0 - torch.isfinite(result.mixed_product.norm()).to(weights.dtype),
                 actor_skip,
@@ -206,8 +185,7 @@ class BilevelUpdate:
         return loss, result, metrics
 
     def _critic_loss(self, batch: SegmentBatch, targets: Tensor, weights: Tensor) -> CriticLoss:
-        values = self._players.values(_slots(batch.obs))
-        return CriticLoss(CriticPass(values, self._players.critic_parameters), targets.flatten(), weights.flatten())
+        return CriticLoss(self._players.critic(_slots(batch.obs)), targets.flatten(), weights.flatten())
 
     def _nested_critic_updates(
         self, batch: SegmentBatch, targets: Tensor, weights: Tensor, settings: UpdateSettings
@@ -228,7 +206,7 @@ class BilevelUpdate:
         if self._solver is None:
             adv = batch.advantage.advantages(batch.rewards, loss.critic.values.view_as(batch.step))
             weights = loss.weights.view_as(batch.step)
-            surrogate, gradient = leader_gradient(actor, batch, adv, weights, settings.clip, self._reduction)
+            surrogate, gradient = leader_gradient(actor, batch, adv, weights, settings.leader, self._reduction)
             none, zero = gradient.new_zeros(0), torch.zeros_like(gradient)
             return Hypergradient(adv, surrogate, gradient, none, none, zero, zero, gradient)
         solver, curvature = self._solver, self._curvature(loss, self._reduction)
@@ -236,7 +214,7 @@ class BilevelUpdate:
             actor,
             loss,
             batch,
-            settings.clip,
+            settings.leader,
             settings.correction,
             lambda v: solver.solve(curvature, v, self._generator),
             self._reduction,
@@ -282,36 +260,23 @@ def _slots(nested: Any) -> Any:
     return tree.map_structure(lambda x: x.flatten(0, 1), nested)
 
 
-def _penalty(policy: PolicyTerms, weights: Tensor, settings: UpdateSettings) -> Tensor | None:
-    """−c_H·entropy + c_KL·KL, means over steps: the parts of the leader's loss that do not depend on the critic."""
-    penalty = None
-    if settings.entropy_coeff:
-        penalty = -settings.entropy_coeff * (weights.flatten() * policy.entropy).sum()
-    if policy.kl is not None:
-        kl = settings.kl_coeff * (weights.flatten() * policy.kl).sum()
-        penalty = kl if penalty is None else penalty + kl
-    return penalty
-
-
 def _step_means(
-    batch: SegmentBatch,
     loss: CriticLoss,
-    policy: PolicyTerms,
+    actor: ActorPass,
     result: Hypergradient,
     weights: Tensor,
     loss_before: Tensor,
     clip: float,
 ) -> list[Tensor]:
     """The values of :data:`STEP_MEANS`."""
-    surrogate: Surrogate = result.surrogate
-    ratio = surrogate.ratio
+    ratio = result.surrogate.ratio
     residual = loss.targets - loss.critic.values
-    kl = weights.new_zeros(()) if policy.kl is None else (loss.weights * policy.kl.detach()).sum()
+    kl = weights.new_zeros(()) if actor.kl is None else (loss.weights * actor.kl).sum()
     return [
-        -(weights * surrogate.slope * result.adv).sum(),
+        -(weights * result.surrogate.slope * result.adv).sum(),
         loss_before,
         loss.value,
-        (loss.weights * policy.entropy.detach()).sum(),
+        (loss.weights * actor.entropy).sum(),
         kl,
         (weights * (ratio - 1 - ratio.log())).sum(),
         (weights * ((ratio - 1).abs() > clip)).sum(),

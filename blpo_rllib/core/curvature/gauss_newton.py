@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
 
 from blpo_rllib.core.curvature.base import Curvature
@@ -17,5 +18,5 @@ class GaussNewton(Curvature):
     def _local_matvec(self, x: Tensor) -> Tensor:
         return self._loss.critic.vjp(2 * self._loss.weights * self._loss.critic.jvp(x))
 
-    def _local_rows(self, columns: Tensor) -> Tensor:
+    def _local_rows(self, columns: np.ndarray) -> Tensor:
         return self._loss.critic.vjp(2 * self._loss.weights * self._loss.critic.jacobian_columns(columns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
 
 from blpo_rllib.core.curvature.base import Curvature
@@ -16,5 +17,5 @@ class Hessian(Curvature):
     def _local_matvec(self, x: Tensor) -> Tensor:
         return self._loss.critic.second_order_product(x, self._loss.cotangent, 2 * self._loss.weights)
 
-    def _local_rows(self, columns: Tensor) -> Tensor:
+    def _local_rows(self, columns: np.ndarray) -> Tensor:
         return self._loss.critic.second_order_rows(columns, self._loss.cotangent, 2 * self._loss.weights)

@@ -30,14 +30,14 @@ class IHVPSolver(ABC):
             generator: The only source of randomness a solver may use; its state is kept in checkpoints.
         """
 
-    def check_size(self, size: int) -> None:
+    def check_size(self, size: int) -> None:  # noqa: B027
         """Raises ValueError if a critic of p = ``size`` parameters does not suit this solver."""
 
     def get_state(self) -> dict[str, Any]:
         """What the next :meth:`solve` depends on besides its arguments."""
         return {}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Restores what :meth:`get_state` returned."""
 
 

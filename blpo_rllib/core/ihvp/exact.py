@@ -33,7 +33,7 @@ class Exact(IHVPSolver):
             )
 
     def solve(self, curvature: Curvature, v: Tensor, generator: np.random.Generator) -> Tensor:
-        matrix = curvature.rows(torch.arange(curvature.size, device=v.device)).double()
+        matrix = curvature.rows(np.arange(curvature.size)).double()
         matrix.diagonal().add_(self.damping)
         x, _ = torch.linalg.solve_ex(matrix, v.double())
         return x.to(v.dtype)

@@ -48,10 +48,9 @@ class Nystrom(IHVPSolver):
     def solve(self, curvature: Curvature, v: Tensor, generator: np.random.Generator) -> Tensor:
         if self.columns is None or self.redraw:
             self.columns = generator.choice(curvature.size, self.rank, replace=False, shuffle=False)
-        columns = torch.as_tensor(self.columns, device=v.device)
-        c = curvature.rows(columns)
+        c = curvature.rows(self.columns)
         shift = self.core_shift * torch.eye(self.rank, dtype=v.dtype, device=v.device)
-        core = c[:, columns] + shift + c @ c.T / self.damping
+        core = c[:, torch.as_tensor(self.columns, device=v.device)] + shift + c @ c.T / self.damping
         # solve_ex: a singular core gives non-finite numbers, which the caller catches, instead of a device sync.
         y, _ = torch.linalg.solve_ex(core, c @ v)
         return v / self.damping - y @ c / self.damping**2

@@ -1,0 +1,14 @@
+import os
+
+# Two threads for everyone: torch, the environments' BLAS and Ray's workers share two cores on CI.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,95 @@
+"""Small random problems in float64 for the tests of the mathematics."""
+
+import torch
+from torch import nn
+
+from blpo_rllib.core.curvature import CriticLoss
+from blpo_rllib.core.gae import AdvantageOperator
+from blpo_rllib.core.mlp import MLP, MLPActorPass, MLPCriticPass
+from blpo_rllib.core.networks import ActorPass, AutogradActorPass, AutogradCriticPass
+from blpo_rllib.core.segments import SegmentBatch
+from blpo_rllib.core.update import Players
+
+FLOAT64 = torch.float64
+OBS_SIZE = 3
+NUM_ACTIONS = 2
+
+
+def network(*sizes, activation=nn.Tanh):
+    """Linear layers of the given sizes, activated in between."""
+    layers = []
+    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(inputs, outputs, dtype=FLOAT64), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def gaussian_terms(mean, log_std, actions, old_mean=None):
+    """logp, entropy and KL [n] of a diagonal Gaussian."""
+    distribution = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
+    kl = None
+    if old_mean is not None:
+        old = torch.distributions.Independent(torch.distributions.Normal(old_mean, torch.ones_like(old_mean)), 1)
+        kl = torch.distributions.kl_divergence(old, distribution)
+    return distribution.log_prob(actions), distribution.entropy(), kl
+
+
+class SmallPlayers(Players):
+    """A Gaussian actor and a critic, differentiated by hand or automatically."""
+
+    def __init__(self, by_hand=False, hidden=(5, 4), activation=nn.Tanh):
+        self.critic_network = network(OBS_SIZE, *hidden, 1, activation=activation)
+        self.actor_network = network(OBS_SIZE, *hidden, NUM_ACTIONS, activation=activation)
+        self.log_std = nn.Parameter(torch.full((NUM_ACTIONS,), -0.2, dtype=FLOAT64))
+        self.by_hand = by_hand
+        self.critic_parameters = list(self.critic_network.parameters())
+        self.actor_parameters = [*self.actor_network.parameters(), self.log_std]
+
+    def critic(self, obs):
+        if self.by_hand:
+            return MLPCriticPass(MLP.of([self.critic_network]), obs)
+        return AutogradCriticPass(self.critic_network(obs)[:, 0], self.critic_parameters)
+
+    def actor(self, obs, actions, old_dist_inputs) -> ActorPass:
+        if self.by_hand:
+            return MLPActorPass(
+                MLP.of([self.actor_network]),
+                self.log_std,
+                obs,
+                lambda mean, log_std: gaussian_terms(mean, log_std, actions, old_dist_inputs),
+            )
+        terms = gaussian_terms(self.actor_network(obs), self.log_std, actions, old_dist_inputs)
+        return AutogradActorPass(*terms, self.actor_parameters)
+
+
+def random_batch(num_segments=2, width=9, gamma=0.9, lambda_=0.8):
+    """Segments with several pieces, terminated and truncated ends, and padding."""
+    step = torch.ones(num_segments, width, dtype=FLOAT64)
+    step[:, 3] = 0
+    step[:, -1] = 0
+    step[0, -2] = 0
+    terminated = torch.zeros_like(step)
+    terminated[:, 5] = 1
+    continues = step.clone()
+    continues[:, :-1] *= step[:, 1:]
+    continues[:, -1] = 0
+    continues[:, 5] = 0
+    return SegmentBatch(
+        obs=torch.randn(num_segments, width, OBS_SIZE, dtype=FLOAT64),
+        actions=torch.randn(num_segments, width, NUM_ACTIONS, dtype=FLOAT64),
+        old_logp=torch.randn(num_segments, width, dtype=FLOAT64) * 0.3 - 2.5,
+        old_dist_inputs=torch.randn(num_segments, width, NUM_ACTIONS, dtype=FLOAT64),
+        rewards=torch.randn(num_segments, width, dtype=FLOAT64),
+        step=step,
+        advantage=AdvantageOperator.of(step, terminated, continues, gamma, lambda_),
+    )
+
+
+def flat_obs(batch):
+    return batch.obs.flatten(0, 1)
+
+
+def critic_loss(players, batch, targets=None):
+    """The critic's loss on a batch, against random targets unless given."""
+    weights = (batch.step / batch.step.sum()).flatten()
+    targets = torch.randn(len(weights), dtype=FLOAT64) if targets is None else targets
+    return CriticLoss(players.critic(flat_obs(batch)), targets, weights)

@@ -1,0 +1,129 @@
+"""Inverse-Hessian-vector products against dense linear algebra in float64."""
+
+import numpy as np
+import pytest
+import torch
+from problems import FLOAT64, SmallPlayers, critic_loss, random_batch
+
+from blpo_rllib.core.curvature import Curvature, GaussNewton, Hessian
+from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom
+from blpo_rllib.core.reduction import Reduction
+
+
+class DenseCurvature(Curvature):
+    """A given symmetric matrix."""
+
+    def __init__(self, matrix):
+        self._matrix = matrix
+        self._reduction = Reduction()
+
+    @property
+    def size(self):
+        return len(self._matrix)
+
+    def _local_matvec(self, x):
+        return self._matrix @ x
+
+    def _local_rows(self, columns):
+        return self._matrix[columns]
+
+
+@pytest.fixture
+def hessian():
+    return Hessian(critic_loss(SmallPlayers(), random_batch()), Reduction())
+
+
+@pytest.fixture
+def dense(hessian):
+    return hessian.rows(np.arange(hessian.size))
+
+
+@pytest.fixture
+def v(hessian):
+    return torch.randn(hessian.size, dtype=FLOAT64)
+
+
+def generator(seed=0):
+    return np.random.default_rng(seed)
+
+
+def check(actual, expected, rtol=1e-8):
+    assert (actual - expected).norm() <= rtol * expected.norm()
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16])
+@pytest.mark.parametrize("damping", [0.05, 1.0, 50.0])
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_nystrom_is_its_dense_formula(hessian, dense, v, rank, damping, shift):
+    solver = Nystrom(rank, damping, shift)
+    x = solver.solve(hessian, v, generator())
+    c = dense[solver.columns]
+    core = c[:, solver.columns] + shift * torch.eye(rank, dtype=FLOAT64)
+    model = c.T @ torch.linalg.solve(core, c)
+    check(x, torch.linalg.solve(model + damping * torch.eye(len(v), dtype=FLOAT64), v), rtol=1e-6)
+
+
+def test_nystrom_of_full_rank_is_exact(hessian, dense, v):
+    damped = dense + 0.3 * torch.eye(len(v), dtype=FLOAT64)
+    x = Nystrom(len(v), 0.3, core_shift=0.0).solve(hessian, v, generator())
+    check(x, torch.linalg.solve(damped, v), rtol=1e-6)
+
+
+def test_nystrom_columns_are_kept_or_redrawn(hessian, v):
+    fixed, redrawn, rng = Nystrom(3), Nystrom(3, redraw=True), generator()
+    fixed.solve(hessian, v, rng)
+    first = fixed.columns.copy()
+    fixed.solve(hessian, v, rng)
+    assert (fixed.columns == first).all()
+    draws = set()
+    for _ in range(5):
+        redrawn.solve(hessian, v, rng)
+        assert len(set(redrawn.columns)) == 3
+        draws.add(tuple(redrawn.columns))
+    assert len(draws) > 1
+
+
+def test_nystrom_state_restores_columns(hessian, v):
+    solver, restored = Nystrom(4), Nystrom(4)
+    x = solver.solve(hessian, v, generator(1))
+    restored.set_state(solver.get_state())
+    assert torch.equal(restored.solve(hessian, v, generator(2)), x)
+
+
+def test_exact(hessian, dense, v):
+    x = Exact(damping=0.1).solve(hessian, v, generator())
+    check(x, torch.linalg.solve(dense + 0.1 * torch.eye(len(v), dtype=FLOAT64), v))
+
+
+def test_conjugate_gradient_on_gauss_newton(v):
+    curvature = GaussNewton(critic_loss(SmallPlayers(), random_batch()), Reduction())
+    dense = curvature.rows(np.arange(curvature.size)) + 0.5 * torch.eye(len(v), dtype=FLOAT64)
+    x = ConjugateGradient(iterations=curvature.size, damping=0.5).solve(curvature, v, generator())
+    check(x, torch.linalg.solve(dense, v))
+
+
+def test_conjugate_gradient_stops_at_the_solution():
+    matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=FLOAT64))
+    v = torch.tensor([1.0, 1.0, 1.0], dtype=FLOAT64)
+    x = ConjugateGradient(iterations=50).solve(DenseCurvature(matrix), v, generator())
+    check(x, v / matrix.diagonal())
+    zero = ConjugateGradient().solve(DenseCurvature(matrix), torch.zeros_like(v), generator())
+    assert torch.equal(zero, torch.zeros_like(v))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Nystrom(rank=0), "nystrom_rank=0 must be an integer >= 1"),
+        (lambda: Nystrom(damping=0), "nystrom_damping=0 must be a finite number > 0"),
+        (lambda: Nystrom(core_shift=float("nan")), "nystrom_core_shift=nan"),
+        (lambda: ConjugateGradient(iterations=0), "cg_iterations=0"),
+        (lambda: ConjugateGradient(damping=-1), "cg_damping=-1 must be a finite number >= 0"),
+        (lambda: Exact(damping=-1), "exact_damping=-1"),
+        (lambda: Nystrom(rank=10).check_size(9), "nystrom_rank=10 exceeds the critic's 9 parameters"),
+        (lambda: Exact(max_size=5).check_size(9), "up to 5 parameters, this one has 9"),
+    ],
+)
+def test_settings_out_of_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
