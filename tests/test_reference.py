@@ -50,7 +50,7 @@ class Case:
     def _batch(self, gamma, lambda_):
         dones = self.tensor("dones").to(self._dtype)
         length = len(dones)
-        slots = lambda x: torch.cat([x, x[-1:]])[None]  # noqa: E731
+        slots = lambda x: torch.cat([x, x[-1:]])[None]
         step = torch.ones(1, length + 1, dtype=self._dtype)
         step[:, -1] = 0
         terminated = slots(dones) * step

@@ -1,0 +1,130 @@
+"""Wrong settings fail in ``validate()``, naming field, value and remedy."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from ray import tune
+from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.core.rl_module.torch import TorchRLModule
+from ray.tune.registry import get_trainable_cls
+
+from blpo_rllib import BLPO, BLPOConfig
+from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom
+from blpo_rllib.learner import BLPOTorchLearner
+
+
+def config():
+    return BLPOConfig().environment("CartPole-v1")
+
+
+def with_spaces():
+    return config().environment(
+        observation_space=gym.spaces.Box(-1, 1, (4,), np.float32), action_space=gym.spaces.Discrete(2)
+    )
+
+
+class PolicyOnlyModule(TorchRLModule):
+    """No value function."""
+
+
+def test_defaults_are_the_reference():
+    c = config()
+    c.validate()
+    assert (c.gamma, c.lambda_, c.clip_param, c.num_epochs) == (0.99, 0.95, 0.2, 4)
+    assert (c.actor_lr, c.critic_lr, c.adam_epsilon, c.grad_clip, c.entropy_coeff) == (3e-4, 1.2e-3, 1e-5, None, 0.0)
+    assert (c.num_envs_per_env_runner, c.get_segment_length(), c.minibatch_size) == (32, 640, 640)
+    solver = c.get_ihvp_solver()
+    assert isinstance(solver, Nystrom)
+    assert (solver.rank, solver.damping, solver.core_shift, solver.redraw) == (5, 50.0, 1.0, False)
+    assert c.get_default_learner_class() is BLPOTorchLearner
+
+
+def test_importing_registers_the_trainable():
+    assert get_trainable_cls("BLPO") is BLPO
+
+
+def test_training_sets_its_own_fields_and_passes_the_others_on():
+    c = config().training(num_critic_updates=7, hypergradient="cg", cg_damping=0.5, gamma=0.9, num_epochs=2)
+    assert (c.num_critic_updates, c.cg_damping, c.gamma, c.num_epochs) == (7, 0.5, 0.9, 2)
+    assert isinstance(c.get_ihvp_solver(), ConjugateGradient)
+    assert c.actor_lr == 3e-4
+    solver = Exact(2.0)
+    assert config().training(hypergradient=solver).get_ihvp_solver() is solver
+    assert config().training(hypergradient="none").get_ihvp_solver() is None
+
+
+def test_search_spaces_and_round_trips():
+    c = config().training(nystrom_damping=tune.loguniform(0.1, 100), nystrom_rank=tune.randint(1, 20))
+    assert BLPOConfig.from_dict(config().training(nystrom_rank=3).to_dict()).nystrom_rank == 3
+    assert c.copy().nystrom_damping is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"actor_lr": 0}, "actor_lr=0 must be a number > 0"),
+        ({"critic_lr": -1e-3}, "critic_lr=-0.001"),
+        ({"actor_lr": [[10, 1e-3], [20, 1e-4]]}, "first timestep must be 0"),
+        ({"adam_epsilon": 0.0}, "adam_epsilon=0.0"),
+        ({"num_critic_updates": 0}, "num_critic_updates=0 must be an integer >= 1"),
+        ({"num_epochs": 0}, "num_epochs=0"),
+        ({"hypergradient": "newton"}, "hypergradient='newton' must be one of 'nystrom', 'cg', 'exact', 'none'"),
+        ({"curvature": "fisher"}, "curvature='fisher' must be one of 'hessian', 'gauss_newton'"),
+        ({"hypergradient_bound": -1}, "hypergradient_bound=-1 must be a number >= 0"),
+        ({"hypergradient_bound": 0}, 'use hypergradient="none"'),
+        ({"cross_clip_param": -0.1}, "cross_clip_param=-0.1"),
+        ({"nystrom_rank": 0}, "nystrom_rank=0 must be an integer >= 1"),
+        ({"nystrom_damping": 0.0}, "nystrom_damping=0.0 must be a finite number > 0"),
+        ({"nystrom_core_shift": float("inf")}, "nystrom_core_shift=inf"),
+        ({"hypergradient": "cg", "cg_iterations": 0}, "cg_iterations=0"),
+        ({"lr": 1e-3}, "lr=0.001 has no meaning for BLPO: set actor_lr and critic_lr"),
+        ({"vf_clip_param": 10.0}, "vf_clip_param=10.0 has no meaning"),
+        ({"vf_loss_coeff": 0.5}, "vf_loss_coeff=0.5 has no meaning.*critic_lr"),
+        ({"use_critic": False}, "use_critic=False"),
+        ({"use_gae": False}, "use_gae=False|[Vv]alue"),
+        ({"grad_clip": 1.0, "grad_clip_by": "value"}, "grad_clip_by='value' is not supported"),
+        ({"segment_length": 0}, "segment_length=0 must be an integer >= 1"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config().training(**settings).validate()
+
+
+def test_fewer_segments_than_minibatches():
+    few = config().env_runners(num_envs_per_env_runner=2).training(train_batch_size_per_learner=512, minibatch_size=64)
+    with pytest.raises(ValueError, match="minibatch_size=64 makes 8 minibatches.*only 2 whole.*segment_length=64"):
+        few.validate()
+    few.training(segment_length=64).validate()
+    few.training(segment_length=None, minibatch_size=256).validate()
+
+
+def test_rank_above_the_critics_size():
+    model = {"fcnet_hiddens": [2]}
+    with pytest.raises(ValueError, match="nystrom_rank=100 exceeds the critic's 13 parameters: use a rank between 1"):
+        with_spaces().rl_module(model_config=model).training(nystrom_rank=100).validate()
+    with_spaces().rl_module(model_config=model).training(nystrom_rank=13).validate()
+
+
+def test_shared_layers():
+    with pytest.raises(ValueError, match="vf_share_layers=True in the model config of module 'default_policy'"):
+        config().rl_module(model_config={"vf_share_layers": True}).validate()
+    with pytest.raises(ValueError, match="vf_share_layers=False"):
+        config().rl_module(model_config=DefaultModelConfig()).validate()
+    config().rl_module(model_config=DefaultModelConfig(vf_share_layers=False)).validate()
+
+
+def test_module_without_value_function():
+    spec = RLModuleSpec(module_class=PolicyOnlyModule)
+    with pytest.raises(ValueError, match=r"PolicyOnlyModule\) has no value function.*compute_values"):
+        config().rl_module(rl_module_spec=spec).validate()
+
+
+def test_recurrent_module():
+    with pytest.raises(ValueError, match="is recurrent, which BLPO does not support"):
+        with_spaces().rl_module(model_config={"use_lstm": True}).validate()
+
+
+def test_validation_can_be_switched_off_as_everywhere_in_rllib():
+    config().training(hypergradient_bound=-1).experimental(_validate_config=False).validate()

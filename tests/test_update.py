@@ -1,0 +1,187 @@
+"""The update phase: by hand = automatic, invariance to padding, safety against non-finite numbers, state."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from problems import FLOAT64, SmallPlayers, random_batch
+
+from blpo_rllib.core.curvature import GaussNewton, Hessian
+from blpo_rllib.core.gae import AdvantageOperator
+from blpo_rllib.core.hypergradient import Correction, LeaderLoss
+from blpo_rllib.core.ihvp import ConjugateGradient, Exact, IHVPSolver, Nystrom
+from blpo_rllib.core.networks import flatten
+from blpo_rllib.core.reduction import Reduction
+from blpo_rllib.core.update import COUNTS, MINIBATCH_MEANS, BilevelUpdate, UpdateSettings
+
+SETTINGS = UpdateSettings(
+    num_epochs=2,
+    num_critic_updates=3,
+    leader=LeaderLoss(clip=0.2),
+    grad_clip=None,
+    correction=Correction(cross_clip=1.0, bound=1.0),
+)
+
+
+class BrokenSolver(IHVPSolver):
+    """Returns what is not a number."""
+
+    damping = 1.0
+
+    def solve(self, curvature, v, generator):
+        return torch.full_like(v, float("nan"))
+
+
+def make(players, solver=None, curvature=Hessian):
+    optimizers = [
+        torch.optim.Adam(parameters, lr=lr, eps=1e-5, fused=True)
+        for parameters, lr in ((players.actor_parameters, 3e-3), (players.critic_parameters, 1e-2))
+    ]
+    return BilevelUpdate(players, *optimizers, curvature, solver, np.random.default_rng(0), Reduction())
+
+
+def weights(players):
+    return flatten([p.detach() for p in (*players.actor_parameters, *players.critic_parameters)])
+
+
+def twins(count=2):
+    """Equal players, the first differentiated automatically, the others by hand."""
+    players = [SmallPlayers()]
+    for _ in range(count - 1):
+        players.append(copy.deepcopy(players[0]))
+        players[-1].critic_parameters = list(players[-1].critic_network.parameters())
+        players[-1].actor_parameters = [*players[-1].actor_network.parameters(), players[-1].log_std]
+        players[-1].by_hand = True
+    return players
+
+
+@pytest.mark.parametrize("curvature", [Hessian, GaussNewton])
+@pytest.mark.parametrize(
+    "solver",
+    [None, Nystrom(3, 0.1), Nystrom(3, 50.0, redraw=True), ConjugateGradient(5, 0.1), Exact(1.0)],
+    ids=["none", "nystrom", "redrawn", "cg", "exact"],
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SETTINGS,
+        replace(SETTINGS, leader=LeaderLoss(0.1, entropy_coeff=0.01, kl_coeff=0.5), grad_clip=0.1),
+        replace(SETTINGS, correction=Correction(None, None), num_critic_updates=1),
+    ],
+    ids=["default", "penalties and clipping", "unbounded"],
+)
+def test_by_hand_equals_automatic(solver, curvature, settings):
+    batch, results = random_batch(num_segments=4), []
+    for players in twins():
+        start = weights(players)
+        update = make(players, copy.deepcopy(solver), curvature)
+        metrics = [update.run(batch, 2, settings) for _ in range(2)][-1]
+        assert not any(metrics[name] for name in COUNTS)
+        assert (weights(players) - start).abs().min() > 0, "every parameter must move"
+        results.append((weights(players), metrics))
+    (automatic, automatic_metrics), (by_hand, by_hand_metrics) = results
+    torch.testing.assert_close(by_hand, automatic, rtol=1e-7, atol=1e-9)
+    assert by_hand_metrics == pytest.approx(automatic_metrics, rel=1e-5, abs=1e-8)
+
+
+def padded(batch, extra):
+    """The same segments with ``extra`` slots of rubbish behind."""
+
+    def pad(x):
+        rubbish = 7.0 * torch.ones(len(x), extra, *x.shape[2:], dtype=x.dtype)
+        return torch.cat([x, rubbish], 1)
+
+    step = torch.nn.functional.pad(batch.step, (0, extra))
+    continues = step.clone()
+    continues[:, :-1] *= step[:, 1:]
+    continues[:, 5] = 0
+    terminated = torch.zeros_like(step)
+    terminated[:, 5] = 1
+    return replace(
+        batch,
+        **{name: pad(getattr(batch, name)) for name in ("obs", "actions", "old_logp", "old_dist_inputs", "rewards")},
+        step=step,
+        advantage=AdvantageOperator.of(step, terminated, continues, 0.9, 0.8),
+    )
+
+
+def test_padding_changes_nothing():
+    batch = random_batch(num_segments=4)
+    first, second = twins()
+    metrics = make(first, Nystrom(3, 0.5)).run(batch, 2, SETTINGS)
+    padded_metrics = make(second, Nystrom(3, 0.5)).run(padded(batch, 6), 2, SETTINGS)
+    torch.testing.assert_close(weights(second), weights(first), rtol=1e-8, atol=1e-10)
+    assert padded_metrics == pytest.approx(metrics, rel=1e-6, abs=1e-9)
+
+
+def test_no_solver_is_nested_ppo_and_a_broken_solver_falls_back_to_it():
+    batch = random_batch(num_segments=2)
+    plain, broken, working = twins(3)
+    make(plain, None).run(batch, 2, SETTINGS)
+    metrics = make(broken, BrokenSolver()).run(batch, 2, SETTINGS)
+    torch.testing.assert_close(weights(broken), weights(plain), rtol=1e-9, atol=1e-11)
+    assert metrics["hypergradient_fallbacks"] == 2 * SETTINGS.num_epochs
+    assert metrics["skipped_actor_updates"] == metrics["skipped_critic_updates"] == 0
+    assert all(np.isfinite(metrics[name]) for name in MINIBATCH_MEANS)
+    make(working, Nystrom(3)).run(batch, 2, SETTINGS)
+    assert (weights(working) - weights(plain)).abs().max() > 1e-6, "a working solver must not fall back"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_data_reaches_neither_weights_nor_optimizers(bad):
+    batch = random_batch(num_segments=2)
+    rewards = batch.rewards.clone()
+    rewards[0, 1] = bad
+    poisoned, healthy = twins()
+    update = make(poisoned, Nystrom(3))
+    metrics = update.run(replace(batch, rewards=rewards), 2, replace(SETTINGS, num_epochs=1))
+    # One of the two minibatches is bad: its actor step and its nested critic steps are skipped, the other's are not.
+    assert metrics["skipped_actor_updates"] == 1
+    assert metrics["skipped_critic_updates"] == SETTINGS.num_critic_updates
+    for optimizer in (update._actor_optimizer, update._critic_optimizer):
+        for state in optimizer.state.values():
+            assert all(torch.isfinite(x).all() for x in state.values())
+    assert torch.isfinite(weights(poisoned)).all()
+    assert not torch.equal(weights(poisoned), weights(healthy))
+    steps = {int(s["step"]) for s in update._critic_optimizer.state.values()}
+    assert steps == {SETTINGS.num_critic_updates}
+
+
+def test_metrics_mean_what_they_say():
+    batch = random_batch(num_segments=3)
+    players, settings = twins(1)[0], replace(SETTINGS, num_epochs=1, correction=Correction(None, 0.5))
+    metrics = make(players, Nystrom(3, 0.5)).run(batch, 1, settings)
+    assert metrics["bound_active_fraction"] == 1.0
+    assert metrics["mixed_norm"] == pytest.approx(0.5 * metrics["actor_grad_norm"])
+    assert metrics["mixed_norm_unbounded"] > metrics["mixed_norm"]
+    assert metrics["vf_loss_after_nesting"] < metrics["vf_loss_before_nesting"]
+    assert -1 <= metrics["mixed_grad_cosine"] <= 1
+    norm = metrics["actor_grad_norm"]
+    expected = norm**2 + metrics["mixed_norm"] ** 2 - 2 * metrics["mixed_grad_cosine"] * norm * metrics["mixed_norm"]
+    assert metrics["hypergradient_norm"] == pytest.approx(expected**0.5)
+    assert metrics["vf_explained_var"] <= 1
+    exact = make(SmallPlayers(), Exact(0.5)).run(batch, 1, settings)
+    assert exact["ihvp_relative_residual"] < 1e-9 < metrics["ihvp_relative_residual"]
+
+
+def test_state_restores_the_next_update_bit_for_bit():
+    batch = random_batch(num_segments=4)
+    players, _ = twins()
+    update = make(players, Nystrom(3))
+    update.run(batch, 4, SETTINGS)
+    restored = copy.deepcopy(players)
+    restored.critic_parameters = list(restored.critic_network.parameters())
+    restored.actor_parameters = [*restored.actor_network.parameters(), restored.log_std]
+    again = make(restored, Nystrom(3))
+    again._generator = np.random.default_rng(99)
+    again.set_state(copy.deepcopy(update.get_state()))
+    for mine, theirs in (
+        (again._actor_optimizer, update._actor_optimizer),
+        (again._critic_optimizer, update._critic_optimizer),
+    ):
+        mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert update.run(batch, 4, SETTINGS) == again.run(batch, 4, SETTINGS)
+    assert torch.equal(weights(players), weights(restored))
+    assert weights(players).dtype == FLOAT64
