@@ -89,8 +89,8 @@ class Hypergradient:
         grad_critic: v = ∇_w J, [p].
         ihvp: x ≈ (∇²_ww L + ρI)⁻¹ v, [p].
         mixed_product: ∇²_θw L · x before the bound, [q].
-        mixed: The correction applied: bounded, and zero if it is not finite, [q].
-        direction: g_θ − mixed, the hypergradient, [q].
+        scale: What the bound leaves of it: the correction applied is scale · mixed_product; 0 if it is not finite.
+        direction: g_θ − the correction, the hypergradient, [q].
     """
 
     adv: Tensor
@@ -99,7 +99,7 @@ class Hypergradient:
     grad_critic: Tensor
     ihvp: Tensor
     mixed_product: Tensor
-    mixed: Tensor
+    scale: Tensor
     direction: Tensor
 
 
@@ -110,7 +110,7 @@ def step_weights(batch: SegmentBatch, reduction: Reduction) -> Tensor:
 
 def probability_ratio(batch: SegmentBatch, logp: Tensor) -> Tensor:
     """r [B, S]; 1 outside steps, where the log-probabilities mean nothing."""
-    return torch.where(batch.step > 0, logp.view_as(batch.step) - batch.old_logp, 0.0).exp()
+    return (logp.view_as(batch.step) - batch.old_logp).masked_fill(batch.step == 0, 0.0).exp()
 
 
 def leader_gradient(
@@ -157,11 +157,11 @@ def mixed_product(
     return reduction.sum(actor.gradient((-2 * batch.step * ratio * cross.active * slope).flatten()))
 
 
-def bounded(mixed: Tensor, gradient: Tensor, bound: float | None) -> Tensor:
-    """``mixed`` scaled down to at most ``bound`` times the norm of ``gradient``; zero if it is not finite."""
+def bound_scale(mixed: Tensor, gradient: Tensor, bound: float | None) -> Tensor:
+    """The factor <= 1 that brings ``mixed`` down to ``bound`` times the norm of ``gradient``; 0 if it is not finite."""
     norm = mixed.norm()
     scale = torch.ones_like(norm) if bound is None else (bound * gradient.norm() / norm).clamp(max=1.0)
-    return torch.where(torch.isfinite(norm), torch.where(norm > 0, scale, 0.0) * mixed, 0.0)
+    return scale.masked_fill(~torch.isfinite(norm) | (norm == 0), 0.0)
 
 
 def hypergradient(
@@ -193,5 +193,7 @@ def hypergradient(
     grad_critic = leader_critic_gradient(loss, batch, surrogate, weights, reduction)
     ihvp = solve(grad_critic)
     product = mixed_product(actor, loss, batch, adv, surrogate.ratio, ihvp, correction.cross_clip, reduction)
-    mixed = bounded(product, grad_actor, correction.bound)
-    return Hypergradient(adv, surrogate, grad_actor, grad_critic, ihvp, product, mixed, grad_actor - mixed)
+    scale = bound_scale(product, grad_actor, correction.bound)
+    # nan_to_num: 0 · ∞ is not 0.
+    direction = torch.addcmul(grad_actor, scale, product.nan_to_num(0.0, 0.0, 0.0), value=-1)
+    return Hypergradient(adv, surrogate, grad_actor, grad_critic, ihvp, product, scale, direction)

@@ -26,12 +26,6 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [piece.view_as(x) for piece, x in zip(pieces, like, strict=True)]
 
 
-def assign_gradient(parameters: Sequence[Tensor], gradient: Tensor) -> None:
-    """Makes the flat ``gradient`` the ``.grad`` of ``parameters``."""
-    for parameter, piece in zip(parameters, unflatten(gradient, parameters), strict=True):
-        parameter.grad = piece
-
-
 class CriticPass(ABC):
     r"""The critic at one w on one minibatch: values V [n] and products with its first and second derivatives.
 

@@ -12,6 +12,7 @@ import torch
 import tree
 from torch import Tensor
 
+from blpo_rllib.core.adam import adam_step
 from blpo_rllib.core.curvature import CriticLoss, Curvature
 from blpo_rllib.core.hypergradient import (
     Correction,
@@ -22,7 +23,7 @@ from blpo_rllib.core.hypergradient import (
     step_weights,
 )
 from blpo_rllib.core.ihvp import IHVPSolver
-from blpo_rllib.core.networks import ActorPass, CriticPass, assign_gradient
+from blpo_rllib.core.networks import ActorPass, CriticPass
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentBatch
 
@@ -63,8 +64,8 @@ class UpdateSettings:
 
 # Means over the steps of a minibatch: computed on each process's share, summed over processes once per update phase.
 STEP_MEANS = (
-    "policy_loss",
     "vf_loss_before_nesting",
+    "policy_loss",
     "vf_loss_after_nesting",
     "entropy",
     "mean_kl_loss",
@@ -73,7 +74,6 @@ STEP_MEANS = (
     "_target",
     "_target_squared",
     "_residual",
-    "_residual_squared",
 )
 # The same on every process.
 MINIBATCH_MEANS = (
@@ -92,7 +92,7 @@ class BilevelUpdate:
 
     Args:
         players: Actor and critic.
-        actor_optimizer: Optimizer of ``players.actor_parameters`` that honours ``found_inf``, as torch's fused Adam.
+        actor_optimizer: Adam of ``players.actor_parameters``.
         critic_optimizer: The same for ``players.critic_parameters``.
         curvature: Class of the follower's curvature.
         solver: The inverse-Hessian-vector product; None for nested PPO, which follows g_θ alone.
@@ -103,8 +103,8 @@ class BilevelUpdate:
     def __init__(
         self,
         players: Players,
-        actor_optimizer: torch.optim.Optimizer,
-        critic_optimizer: torch.optim.Optimizer,
+        actor_optimizer: torch.optim.Adam,
+        critic_optimizer: torch.optim.Adam,
         curvature: type[Curvature],
         solver: IHVPSolver | None,
         generator: np.random.Generator,
@@ -173,13 +173,11 @@ class BilevelUpdate:
         actor = self._players.actor(_slots(batch.obs), _slots(batch.actions), old_dist_inputs)
         result = self._hypergradient(actor, loss, batch, settings)
         actor_skip = self._step(self._actor_optimizer, self._players.actor_parameters, result.direction, settings)
-        metrics = torch.stack(
+        metrics = torch.cat(
             [
-                *_step_means(loss, actor, result, weights, loss_before, settings.leader.clip),
-                *_minibatch_means(result),
-                1.0 - torch.isfinite(result.mixed_product.norm()).to(weights.dtype),
-                actor_skip,
-                critic_skips,
+                _step_means(loss, actor, result, loss_before, settings.leader.clip),
+                _minibatch_means(result),
+                torch.stack([actor_skip, critic_skips]),
             ]
         )
         return loss, result, metrics
@@ -191,7 +189,7 @@ class BilevelUpdate:
         self, batch: SegmentBatch, targets: Tensor, weights: Tensor, settings: UpdateSettings
     ) -> tuple[Tensor, Tensor]:
         """N optimizer steps on L(θ, ·); returns L before the first and how many were skipped."""
-        first, skips = None, weights.new_zeros(())
+        first, skips = None, torch.zeros((), device=weights.device)
         for _ in range(settings.num_critic_updates):
             loss = self._critic_loss(batch, targets, weights)
             first = loss.value if first is None else first
@@ -208,7 +206,7 @@ class BilevelUpdate:
             weights = loss.weights.view_as(batch.step)
             surrogate, gradient = leader_gradient(actor, batch, adv, weights, settings.leader, self._reduction)
             none, zero = gradient.new_zeros(0), torch.zeros_like(gradient)
-            return Hypergradient(adv, surrogate, gradient, none, none, zero, zero, gradient)
+            return Hypergradient(adv, surrogate, gradient, none, none, zero, zero[0], gradient)
         solver, curvature = self._solver, self._curvature(loss, self._reduction)
         return hypergradient(
             actor,
@@ -221,17 +219,14 @@ class BilevelUpdate:
         )
 
     def _step(
-        self, optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradient: Tensor, settings: UpdateSettings
+        self, optimizer: torch.optim.Adam, parameters: list[Tensor], gradient: Tensor, settings: UpdateSettings
     ) -> Tensor:
         """One optimizer step; a non-finite gradient leaves weights and optimizer state as they are and returns 1."""
         norm = gradient.norm()
-        skip = 1.0 - torch.isfinite(norm).to(gradient.dtype)
+        skip = torch.isfinite(norm).logical_not().to(torch.float32)
         if settings.grad_clip is not None:
             gradient = gradient * (settings.grad_clip / norm).clamp(max=1.0)
-        assign_gradient(parameters, gradient)
-        # The mechanism of torch.amp.GradScaler: fused optimizers read it on the device, without a sync.
-        optimizer.found_inf = skip.to(torch.float32)  # type: ignore[attr-defined]
-        optimizer.step()
+        adam_step(optimizer, parameters, gradient, skip)
         return skip
 
     def _metrics(self, sums: Tensor, num_updates: int) -> dict[str, float]:
@@ -241,7 +236,7 @@ class BilevelUpdate:
         for name in STEP_MEANS + MINIBATCH_MEANS:
             metrics[name] /= num_updates
         target_variance = metrics.pop("_target_squared") - metrics.pop("_target") ** 2
-        residual_variance = metrics.pop("_residual_squared") - metrics.pop("_residual") ** 2
+        residual_variance = metrics["vf_loss_after_nesting"] - metrics.pop("_residual") ** 2
         metrics["vf_explained_var"] = 1 - residual_variance / target_variance if target_variance > 0 else float("nan")
         metrics["vf_loss"] = metrics["vf_loss_after_nesting"]
         return metrics
@@ -264,39 +259,43 @@ def _step_means(
     loss: CriticLoss,
     actor: ActorPass,
     result: Hypergradient,
-    weights: Tensor,
     loss_before: Tensor,
     clip: float,
-) -> list[Tensor]:
+) -> Tensor:
     """The values of :data:`STEP_MEANS`."""
-    ratio = result.surrogate.ratio
+    ratio = result.surrogate.ratio.flatten()
     residual = loss.targets - loss.critic.values
-    kl = weights.new_zeros(()) if actor.kl is None else (loss.weights * actor.kl).sum()
-    return [
-        -(weights * result.surrogate.slope * result.adv).sum(),
-        loss_before,
-        loss.value,
-        (loss.weights * actor.entropy).sum(),
-        kl,
-        (weights * (ratio - 1 - ratio.log())).sum(),
-        (weights * ((ratio - 1).abs() > clip)).sum(),
-        (loss.weights * loss.targets).sum(),
-        (loss.weights * loss.targets.square()).sum(),
-        (loss.weights * residual).sum(),
-        (loss.weights * residual.square()).sum(),
-    ]
+    per_step = torch.stack(
+        [
+            -(result.surrogate.slope * result.adv).flatten(),
+            residual.square(),
+            actor.entropy,
+            torch.zeros_like(ratio) if actor.kl is None else actor.kl,
+            ratio - 1 - ratio.log(),
+            ((ratio - 1).abs() > clip).to(ratio.dtype),
+            loss.targets,
+            loss.targets.square(),
+            residual,
+        ]
+    )
+    means = (per_step * loss.weights).sum(1)
+    return torch.cat([loss_before[None], means])
 
 
-def _minibatch_means(result: Hypergradient) -> list[Tensor]:
+def _minibatch_means(result: Hypergradient) -> Tensor:
     """The values of :data:`MINIBATCH_MEANS`."""
-    grad_norm, mixed_norm = result.grad_actor.norm(), result.mixed_product.norm()
-    applied = result.mixed.norm()
-    cosine = (result.mixed @ result.grad_actor) / (applied * grad_norm)
-    return [
-        grad_norm,
-        mixed_norm,
-        applied,
-        result.direction.norm(),
-        torch.where(applied > 0, cosine, 0.0),
-        (applied < 0.999999 * mixed_norm).to(applied.dtype),
-    ]
+    grad_norm, unbounded = result.grad_actor.norm(), result.mixed_product.norm()
+    applied = result.scale * unbounded
+    cosine = (result.mixed_product @ result.grad_actor) / (unbounded * grad_norm)
+    bounded = (result.scale < 1) & (result.scale > 0)
+    return torch.stack(
+        [
+            grad_norm,
+            unbounded,
+            applied,
+            result.direction.norm(),
+            cosine.masked_fill(result.scale == 0, 0.0),
+            bounded.to(applied.dtype),
+            torch.isfinite(unbounded).logical_not().to(applied.dtype),
+        ]
+    )
