@@ -4,9 +4,12 @@ Activations are stored unit by unit, [d, n] for n slots, so that a unit is a con
 
 .. math::  z_l = W_l h_{l-1} + b_l, \quad h_l = \varphi(z_l) \; (l < L), \quad \text{output } z_L.
 
-Backward, :math:`g_l` is the cotangent of :math:`z_l`: :math:`g_{l-1} = \varphi'_{l-1} \odot W_l^\top g_l`. A second
-derivative is the directional derivative of that pass (Pearlmutter 1994). For a row of the Hessian the direction is a
-single weight, whose forward tangent touches one unit of one layer: below that layer the pass has no tangent at all.
+Backward, the cotangent :math:`g_l` of :math:`z_l` obeys :math:`g_{l-1} = \varphi'_{l-1} \odot W_l^\top g_l`, and the
+gradient in :math:`W_l` is :math:`g_l h_{l-1}^\top`. The critic has a single output, so one such pass with
+:math:`g_L = 1` gives :math:`G_l = \partial V/\partial z_l`, and every product with J or its transpose follows from G
+without another pass: a cotangent u of V is :math:`g_l = u \odot G_l`; a column of J is
+:math:`G_l[r] \odot h_{l-1}[c]`. Only second derivatives of V need a chain through the layers (Pearlmutter 1994), and
+for a row of the Hessian that chain starts from a single unit of one layer.
 """
 
 from __future__ import annotations
@@ -52,7 +55,6 @@ class UnitGroup:
         inputs: Column c of each, int64 [m]; 0 for biases.
         is_bias: bool [m, 1].
         batch: 0 ... m − 1.
-        weights: Those that are not biases, int64.
     """
 
     layer: int
@@ -61,7 +63,14 @@ class UnitGroup:
     inputs: Tensor
     is_bias: Tensor
     batch: Tensor
-    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """[m, d, n] that is zero but for one unit (int64 [m]) of each, whose row is in ``values`` [m, n]."""
+
+    units: Tensor
+    values: Tensor
 
 
 class MLP:
@@ -104,7 +113,7 @@ class MLP:
             is_bias = position >= num_weights
             units = np.where(is_bias, position - num_weights, position // layer.in_features)
             inputs = np.where(is_bias, 0, position % layer.in_features)
-            arrays = rows, units, inputs, is_bias[:, None], np.arange(len(rows)), np.flatnonzero(~is_bias)
+            arrays = rows, units, inputs, is_bias[:, None], np.arange(len(rows))
             if len(rows):
                 groups.append(UnitGroup(number, *(torch.as_tensor(x, device=device) for x in arrays)))
             offset += num_weights + num_units
@@ -130,7 +139,7 @@ class MLPPass:
     def __init__(self, mlp: MLP, hidden: list[Tensor], output: Tensor):
         self._weights = [layer.weight.detach() for layer in mlp.layers]
         self._activations = mlp.activations
-        # Indexed by layer: h_0 ... h_{L-1}; φ' and φ''/φ' of layers 1 ... L-1.
+        # Indexed by layer: h_0 ... h_{L-1}; φ' of layers 1 ... L-1, made when first needed.
         self._hidden = hidden
         self._slopes: list[Tensor | None] = [None] * len(hidden)
         self.output = output
@@ -141,142 +150,44 @@ class MLPPass:
         """L."""
         return len(self._weights)
 
-    def _weight(self, layer: int) -> Tensor:
+    def hidden(self, layer: int) -> Tensor:
+        """h_l [d_l, n]."""
+        return self._hidden[layer]
+
+    def weight(self, layer: int) -> Tensor:
+        """W_l [d_l, d_{l-1}]."""
         return self._weights[layer - 1]
 
-    def _slope(self, layer: int) -> Tensor:
+    def slope(self, layer: int) -> Tensor:
         """φ'(z_l) [d_l, n]."""
         slope = self._slopes[layer]
         if slope is None:
             slope = self._slopes[layer] = self._activations[layer - 1].slope(self._hidden[layer])
         return slope
 
-    def _bend(self, layer: int, cotangent: Tensor) -> Tensor | None:
-        """φ''(z_l) ⊙ W_{l+1}ᵀ g_{l+1} = (φ''/φ') ⊙ g_l, what a tangent of z_l is multiplied with on the way back."""
+    def bend(self, layer: int, cotangent: Tensor) -> Tensor | None:
+        """φ''(z_l) ⊙ W_{l+1}ᵀ g_{l+1} = (φ''/φ') ⊙ g_l, by which a tangent of z_l changes g_l; None where it is 0."""
         bend = self._activations[layer - 1].bend
         return None if bend is None else bend(self._hidden[layer]) * cotangent
 
     def cotangents(self, output: Tensor) -> list[Tensor]:
-        """g_1 ... g_L (at index 1 ... L) for the output cotangent g_L [..., d_L, n]."""
+        """g_1 ... g_L (at index 1 ... L) for the output cotangent g_L [d_L, n]."""
         cotangents = [output] * (self.depth + 1)
         for layer in range(self.depth, 1, -1):
-            cotangents[layer - 1] = self._back(layer, cotangents[layer]) * self._slope(layer - 1)
+            weight = self.weight(layer)
+            back = weight.T * cotangents[layer] if len(weight) == 1 else weight.T @ cotangents[layer]
+            cotangents[layer - 1] = back * self.slope(layer - 1)
         return cotangents
 
-    def _back(self, layer: int, cotangent: Tensor) -> Tensor:
-        """W_lᵀ g, [..., d_l, n] to [..., d_{l-1}, n]."""
-        weight = self._weight(layer)
-        return weight.T * cotangent if len(weight) == 1 else weight.T @ cotangent
+    def layer_gradient(self, layer: int, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        """g_l h_{l-1}ᵀ and Σ g_l for g_l [..., d_l, n]: the gradients in W_l and b_l, each flat [..., d]."""
+        product = cotangent.reshape(-1, cotangent.shape[-1]) @ self.hidden(layer - 1).T
+        return product.view(*cotangent.shape[:-2], -1), cotangent.sum(-1)
 
     def gradient(self, cotangents: list[Tensor]) -> Tensor:
-        """[..., p]: each layer's weight gradient g_l h_{l-1}ᵀ and bias gradient Σ g_l."""
-        pieces = []
-        for layer in range(1, self.depth + 1):
-            g, h = cotangents[layer], self._hidden[layer - 1]
-            batch = g.shape[:-2]
-            pieces.append((g.reshape(-1, g.shape[-1]) @ h.T).view(*batch, -1))
-            pieces.append(g.sum(-1))
-        return torch.cat(pieces, -1)
-
-    def tangents(self, direction: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Tangents of z_1 ... z_L (at index 1 ... L) for (δW_l, δb_l) in ``direction``."""
-        tangents: list[Tensor] = [self.output] * (self.depth + 1)
-        below = None
-        for layer, (weight, bias) in enumerate(direction, start=1):
-            tangent = torch.addmm(bias[:, None], weight, self._hidden[layer - 1])
-            if below is not None:
-                tangent = torch.addmm(tangent, self._weight(layer), below)
-            tangents[layer] = tangent
-            below = tangent * self._slope(layer) if layer < self.depth else None
-        return tangents
-
-    def directional_gradient(
-        self,
-        direction: Sequence[tuple[Tensor, Tensor]],
-        tangents: list[Tensor],
-        cotangents: list[Tensor],
-        output: Tensor,
-    ) -> Tensor:
-        """The derivative of :meth:`gradient` along ``direction``, where g_L changes by ``output`` [d_L, n]."""
-        change, pieces = output, []
-        for layer in range(self.depth, 0, -1):
-            g = cotangents[layer]
-            weight = change @ self._hidden[layer - 1].T
-            if layer > 1:
-                weight = torch.addmm(weight, g, (tangents[layer - 1] * self._slope(layer - 1)).T)
-            pieces += [change.sum(-1), weight.reshape(-1)]
-            if layer > 1:
-                below = self._weight(layer).T @ change + direction[layer - 1][0].T @ g
-                change = below * self._slope(layer - 1)
-                bend = self._bend(layer - 1, cotangents[layer - 1])
-                change = change if bend is None else change + bend * tangents[layer - 1]
-        return torch.cat(pieces[::-1])
-
-    def unit_tangents(self, group: UnitGroup) -> list[Tensor]:
-        """How each parameter of ``group`` moves z_l of its unit ([m, n], index l) and the layers above ([m, d, n])."""
-        layer, units = group.layer, group.units
-        drive = torch.where(group.is_bias, 1.0, self._hidden[layer - 1][group.inputs])
-        tangents = [drive] * (self.depth + 1)
-        if layer == self.depth:
-            return tangents
-        moved = self._slope(layer)[units] * drive
-        tangents[layer + 1] = self._weight(layer + 1).T[units][:, :, None] * moved[:, None]
-        for above in range(layer + 2, self.depth + 1):
-            tangents[above] = self._weight(above) @ (tangents[above - 1] * self._slope(above - 1))
-        return tangents
-
-    def output_tangent(self, group: UnitGroup, tangents: list[Tensor]) -> Tensor:
-        """The last of :meth:`unit_tangents` for a single output, [m, n]."""
-        return tangents[self.depth] if group.layer == self.depth else tangents[self.depth][:, 0]
-
-    def unit_directional_gradients(self, group: UnitGroup, cotangents: list[Tensor], output_scale: Tensor) -> Tensor:
-        """:meth:`directional_gradient` for several single parameters of one layer at once.
-
-        Args:
-            group: The parameters.
-            cotangents: g_1 ... g_L.
-            output_scale: a [n]: g_L changes by a times the change of the (single) output.
-
-        Returns:
-            The rows, [m, p].
-        """
-        layer, units, batch = group.layer, group.units, group.batch
-        tangents = self.unit_tangents(group)
-        drive = tangents[layer]
-        change = (output_scale * self.output_tangent(group, tangents))[:, None]
-        pieces = []
-        for above in range(self.depth, 0, -1):
-            weight = self._outer(change, self._hidden[above - 1])
-            if above - 1 > layer:
-                weight += cotangents[above] @ (tangents[above - 1] * self._slope(above - 1)).transpose(-1, -2)
-            elif above - 1 == layer:
-                weight[batch, :, units] += (self._slope(layer)[units] * drive) @ cotangents[above].T
-            pieces += [change.sum(-1), weight.flatten(1)]
-            if above > 1:
-                change = self._unit_change(group, above, change, tangents, cotangents)
-        return torch.cat(pieces[::-1], -1)
-
-    def _unit_change(
-        self, group: UnitGroup, above: int, change: Tensor, tangents: list[Tensor], cotangents: list[Tensor]
-    ) -> Tensor:
-        """From the change of g at layer ``above`` to its change one layer below."""
-        layer, below = group.layer, above - 1
-        change = self._back(above, change)
-        if above == layer:
-            weights = group.weights
-            change[weights, group.inputs[weights]] += cotangents[layer][group.units[weights]]
-        change = change * self._slope(below)
-        bend = self._bend(below, cotangents[below]) if below >= layer else None
-        if bend is None:
-            return change
-        if below > layer:
-            return change + bend * tangents[below]
-        change[group.batch, group.units] += bend[group.units] * tangents[layer]
-        return change
-
-    def _outer(self, change: Tensor, hidden: Tensor) -> Tensor:
-        """change hᵀ, [m, d, n] and [e, n] to [m, d, e], as one product."""
-        return (change.reshape(-1, change.shape[-1]) @ hidden.T).view(*change.shape[:2], len(hidden))
+        """[..., p]: the gradients of all layers."""
+        pieces = [self.layer_gradient(layer, cotangents[layer]) for layer in range(1, self.depth + 1)]
+        return torch.cat([piece for pair in pieces for piece in pair], -1)
 
 
 class MLPCriticPass(CriticPass):
@@ -291,31 +202,135 @@ class MLPCriticPass(CriticPass):
         self._mlp, self._pass = mlp, mlp.forward(obs)
         self.values = self._pass.output[0]
         self.num_parameters = self._pass.num_parameters
+        self._unit_cotangents: list[Tensor] | None = None
+
+    @property
+    def _g(self) -> list[Tensor]:
+        """G_1 ... G_L, at index 1 ... L."""
+        if self._unit_cotangents is None:
+            self._unit_cotangents = self._pass.cotangents(torch.ones_like(self._pass.output))
+        return self._unit_cotangents
 
     def vjp(self, cotangent: Tensor) -> Tensor:
-        return self._pass.gradient(self._pass.cotangents(cotangent[..., None, :]))
+        return self._pass.gradient([cotangent[..., None, :] * g for g in self._g])
 
     def jvp(self, tangent: Tensor) -> Tensor:
-        return self._pass.tangents(self._direction(tangent))[-1][0]
+        total = torch.zeros_like(self.values)
+        for layer, (weight, bias) in enumerate(self._direction(tangent), start=1):
+            moved = torch.addmm(bias[:, None], weight, self._pass.hidden(layer - 1))
+            total = total + (self._g[layer] * moved).sum(0)
+        return total
 
     def jacobian_columns(self, columns: np.ndarray) -> Tensor:
         rows = self.values.new_empty(len(columns), len(self.values))
         for group in self._mlp.locate(columns):
-            rows[group.rows] = self._pass.output_tangent(group, self._pass.unit_tangents(group))
+            rows[group.rows] = self._g[group.layer][group.units] * self._drive(group)
         return rows
+
+    def _drive(self, group: UnitGroup) -> Tensor:
+        """How each parameter of the group moves z_l of its unit: h_{l-1}[c], or 1 for a bias, [m, n]."""
+        return self._pass.hidden(group.layer - 1)[group.inputs].masked_fill(group.is_bias, 1.0)
 
     def second_order_rows(self, columns: np.ndarray, first: Tensor, second: Tensor) -> Tensor:
-        cotangents = self._pass.cotangents(first[None])
         rows = self.values.new_empty(len(columns), self.num_parameters)
         for group in self._mlp.locate(columns):
-            rows[group.rows] = self._pass.unit_directional_gradients(group, cotangents, second)
+            rows[group.rows] = self._group_rows(group, first, second)
         return rows
 
+    def _group_rows(self, group: UnitGroup, first: Tensor, second: Tensor) -> Tensor:
+        """Rows [m, p] for parameters of one layer: per layer, the change of u ⊙ G_l h_{l-1}ᵀ plus that of u itself."""
+        critic, layer = self._pass, group.layer
+        drive = self._drive(group)
+        tangents = self._tangents_above(group, drive)
+        # s = a ⊙ (J e): how the cotangent u changes with the parameter, where it depends on V.
+        change = second * self._g[layer][group.units] * drive
+        bent = self._bent(group, first, drive, tangents)
+        pieces = []
+        for at in range(1, critic.depth + 1):
+            cotangent = change[:, None] * self._g[at]
+            extra = bent[at]
+            if isinstance(extra, Sparse):
+                cotangent[group.batch, extra.units] += extra.values
+            elif extra is not None:
+                cotangent += extra
+            weight, bias = critic.layer_gradient(at, cotangent)
+            if at - 1 > layer:
+                moved = tangents[at - 1] * critic.slope(at - 1)
+                weight += ((first * self._g[at]) @ moved.transpose(-1, -2)).flatten(1)
+            elif at - 1 == layer:
+                moved = critic.slope(layer)[group.units] * drive
+                weight.view(len(drive), *critic.weight(at).shape)[group.batch, :, group.units] += (
+                    moved @ (first * self._g[at]).T
+                )
+            pieces += [weight, bias]
+        return torch.cat(pieces, -1)
+
+    def _tangents_above(self, group: UnitGroup, drive: Tensor) -> dict[int, Tensor]:
+        """Tangents of z [m, d, n] in the hidden layers above that of the group."""
+        critic, tangents = self._pass, {}
+        for layer in range(group.layer + 1, critic.depth):
+            if layer == group.layer + 1:
+                moved = critic.slope(group.layer)[group.units] * drive
+                tangents[layer] = critic.weight(layer).T[group.units][:, :, None] * moved[:, None]
+            else:
+                tangents[layer] = critic.weight(layer) @ (tangents[layer - 1] * critic.slope(layer - 1))
+        return tangents
+
+    def _bent(
+        self, group: UnitGroup, first: Tensor, drive: Tensor, tangents: dict[int, Tensor]
+    ) -> list[Tensor | Sparse | None]:
+        """u ⊙ δG_l per layer: how G_l changes with the parameter, [m, d, n], or only in one unit, or not at all."""
+        critic = self._pass
+        bent: list[Tensor | Sparse | None] = [None] * (critic.depth + 1)
+        for layer in range(critic.depth - 1, 0, -1):
+            slope, above = critic.slope(layer), bent[layer + 1]
+            if isinstance(above, Sparse):
+                below: Tensor | None = critic.weight(layer + 1)[above.units][:, :, None] * above.values[:, None] * slope
+            else:
+                below = None if above is None else (critic.weight(layer + 1).T @ above) * slope
+            sparse = None
+            if layer + 1 == group.layer:
+                # The parameter itself passes G on, from its unit r to its input c; a bias does not.
+                passed = (first * self._g[group.layer][group.units]).masked_fill(group.is_bias, 0.0)
+                sparse = Sparse(group.inputs, passed * slope[group.inputs])
+            elif layer >= group.layer and (bend := critic.bend(layer, first * self._g[layer])) is not None:
+                if layer == group.layer:
+                    sparse = Sparse(group.units, bend[group.units] * drive)
+                else:
+                    moved = bend * tangents[layer]
+                    below = moved if below is None else below + moved
+            if sparse is not None and below is not None:
+                below[group.batch, sparse.units] += sparse.values
+            bent[layer] = sparse if below is None else below
+        return bent
+
     def second_order_product(self, tangent: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        direction = self._direction(tangent)
-        tangents = self._pass.tangents(direction)
-        cotangents = self._pass.cotangents(first[None])
-        return self._pass.directional_gradient(direction, tangents, cotangents, second * tangents[-1])
+        critic, direction = self._pass, self._direction(tangent)
+        tangents = self._tangents(direction)
+        change, bent = second * tangents[critic.depth][0], torch.zeros_like(critic.output)
+        pieces: list[Tensor] = []
+        for layer in range(critic.depth, 0, -1):
+            g, cotangent = first * self._g[layer], change * self._g[layer] + bent
+            weight = cotangent @ critic.hidden(layer - 1).T
+            if layer > 1:
+                below = layer - 1
+                weight = torch.addmm(weight, g, (tangents[below] * critic.slope(below)).T)
+                bent = (critic.weight(layer).T @ bent + direction[below][0].T @ g) * critic.slope(below)
+                bend = critic.bend(below, first * self._g[below])
+                bent = bent if bend is None else bent + bend * tangents[below]
+            pieces += [cotangent.sum(-1), weight.flatten()]
+        return torch.cat(pieces[::-1])
+
+    def _tangents(self, direction: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Tangents of z_1 ... z_L (at index 1 ... L) for (δW_l, δb_l) in ``direction``."""
+        critic = self._pass
+        tangents = [critic.output]
+        for layer, (weight, bias) in enumerate(direction, start=1):
+            tangent = torch.addmm(bias[:, None], weight, critic.hidden(layer - 1))
+            if layer > 1:
+                tangent = torch.addmm(tangent, critic.weight(layer), tangents[-1] * critic.slope(layer - 1))
+            tangents.append(tangent)
+        return tangents
 
     def _direction(self, tangent: Tensor) -> list[tuple[Tensor, Tensor]]:
         pieces = unflatten(tangent, self._mlp.parameters)
