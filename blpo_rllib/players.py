@@ -11,6 +11,7 @@ import torch
 import tree
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
 from ray.rllib.core.columns import Columns
+from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorical, TorchDiagGaussian
 from ray.rllib.core.models.torch.encoder import TorchMLPEncoder
 from ray.rllib.core.models.torch.heads import TorchFreeLogStdMLPHead, TorchMLPHead
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from blpo_rllib.core.mlp import MLP, MLPActorPass, MLPCriticPass
 from blpo_rllib.core.networks import ActorPass, AutogradActorPass, AutogradCriticPass, CriticPass
+from blpo_rllib.core.policy_heads import AutogradTerms, CategoricalTerms, GaussianTerms, PolicyHead
 from blpo_rllib.core.update import Players
 from blpo_rllib.rl_module import BLPOTorchRLModule
 
@@ -94,12 +96,21 @@ class RLModulePlayers(Players):
             inputs = self._module.forward_train({Columns.OBS: obs})[Columns.ACTION_DIST_INPUTS]
             terms = self._terms(inputs, actions, old_dist_inputs)
             return AutogradActorPass(*terms, self.actor_parameters)
-        head = self._module.pi
+        head = self._policy_head(actions, old_dist_inputs)
+        return MLPActorPass(self._actor_mlp, self._log_std, obs, head)
 
-        def terms_of_outputs(outputs: Tensor, log_std: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _policy_head(self, actions: Any, old_dist_inputs: Tensor | None) -> PolicyHead:
+        """In closed form for the usual distributions, unless the KL divergence is asked for too."""
+        head = self._module.pi
+        if old_dist_inputs is None and self._distribution is TorchCategorical:
+            return lambda logits, _: CategoricalTerms.at(actions, logits)
+        if old_dist_inputs is None and self._distribution is TorchDiagGaussian and self._log_std is not None:
+            return lambda mean, log_std: GaussianTerms.at(actions, _log_std_clip(head), mean, log_std)
+
+        def terms(outputs: Tensor, log_std: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
             return self._terms(_distribution_inputs(head, outputs, log_std), actions, old_dist_inputs)
 
-        return MLPActorPass(self._actor_mlp, self._log_std, obs, terms_of_outputs)
+        return lambda outputs, log_std: AutogradTerms(terms, outputs, log_std)
 
     def _terms(
         self, dist_inputs: Tensor, actions: Any, old_dist_inputs: Tensor | None
@@ -159,6 +170,11 @@ def _distribution_inputs(head: Any, outputs: Tensor, log_std: Tensor | None) -> 
     if log_std is None and not head.clip_log_std:
         return outputs
     mean, log_std = outputs.chunk(2, -1) if log_std is None else (outputs, log_std)
-    if head.clip_log_std:
-        log_std = log_std.clamp(-head.log_std_clip_param_const, head.log_std_clip_param_const)
-    return torch.cat([mean, log_std], -1)
+    clip = _log_std_clip(head)
+    return torch.cat([mean, log_std.clamp(-clip, clip)], -1)
+
+
+def _log_std_clip(head: Any) -> Tensor:
+    """RLlib's heads clip the log-std to ± this."""
+    constant = head.log_std_clip_param_const
+    return constant if head.clip_log_std else torch.full_like(constant, float("inf"))

@@ -7,6 +7,7 @@ from blpo_rllib.core.curvature import CriticLoss
 from blpo_rllib.core.gae import AdvantageOperator
 from blpo_rllib.core.mlp import MLP, MLPActorPass, MLPCriticPass
 from blpo_rllib.core.networks import ActorPass, AutogradActorPass, AutogradCriticPass
+from blpo_rllib.core.policy_heads import AutogradTerms
 from blpo_rllib.core.segments import SegmentBatch
 from blpo_rllib.core.update import Players
 
@@ -51,12 +52,9 @@ class SmallPlayers(Players):
 
     def actor(self, obs, actions, old_dist_inputs) -> ActorPass:
         if self.by_hand:
-            return MLPActorPass(
-                MLP.of([self.actor_network]),
-                self.log_std,
-                obs,
-                lambda mean, log_std: gaussian_terms(mean, log_std, actions, old_dist_inputs),
-            )
+            terms = lambda mean, log_std: gaussian_terms(mean, log_std, actions, old_dist_inputs)
+            head = lambda outputs, log_std: AutogradTerms(terms, outputs, log_std)
+            return MLPActorPass(MLP.of([self.actor_network]), self.log_std, obs, head)
         terms = gaussian_terms(self.actor_network(obs), self.log_std, actions, old_dist_inputs)
         return AutogradActorPass(*terms, self.actor_parameters)
 

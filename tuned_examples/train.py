@@ -38,7 +38,7 @@ def train(example: str, seed: int, timesteps: int, folder: Path) -> dict:
     config = importlib.import_module(f"{example}_blpo").config().debugging(seed=seed, log_level="ERROR")
     algo = config.build_algo()
     rows, start = [], time.monotonic()
-    columns = (
+    bar = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -47,7 +47,7 @@ def train(example: str, seed: int, timesteps: int, folder: Path) -> dict:
     )
     console = Console()
     last_line = start
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*bar, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"{example} seed {seed}", total=timesteps, status="")
         while not rows or rows[-1]["env_steps"] < timesteps:
             rows.append(row(algo.train(), time.monotonic() - start))
@@ -60,6 +60,13 @@ def train(example: str, seed: int, timesteps: int, folder: Path) -> dict:
     algo.save_to_path(str(checkpoint.resolve()))
     algo.stop()
     return {"seed": seed, "checkpoint": str(checkpoint), "rows": rows}
+
+
+def columns(rows: list[dict]) -> dict[str, list[float]]:
+    """The rows by column, to four significant digits (steps and seconds whole)."""
+    names = sorted({name for r in rows for name in r})
+    exact = ("env_steps", "episodes", "seconds")
+    return {n: [r.get(n, np.nan) if n in exact else float(f"{r.get(n, np.nan):.4g}") for r in rows] for n in names}
 
 
 def row(result: dict, seconds: float) -> dict:
@@ -137,7 +144,8 @@ def main() -> None:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }
-    results.write_text(json.dumps(header | {"runs": runs}, indent=1))
+    kept = [{**run, "rows": columns(run["rows"])} for run in runs]
+    results.write_text(json.dumps(header | {"runs": kept}))
     for run in runs:
         print(f"seed {run['seed']}: mean return per 25k steps {run['bins_of_25k']}")
         print(f"checkpoint:     {run['checkpoint']}")

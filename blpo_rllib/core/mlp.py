@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from blpo_rllib.core.networks import ActorPass, CriticPass, unflatten
+from blpo_rllib.core.policy_heads import ENTROPY, KL, LOGP, PolicyHead
 
 
 @dataclass(frozen=True)
@@ -338,50 +339,35 @@ class MLPCriticPass(CriticPass):
 
 
 class MLPActorPass(ActorPass):
-    """The actor as a perceptron under an action distribution that treats slots independently.
-
-    The distribution is differentiated automatically, per slot, with respect to the perceptron's outputs (and a
-    state-independent log-std); the perceptron by hand.
+    """The actor as a perceptron under a policy head.
 
     Args:
         mlp: The layers.
         log_std: A parameter [d] that is the same in all slots, or None.
         obs: Inputs [n, d_0].
-        terms: Maps the outputs [n, d_L] and the log-std [n, d] (or None) to logp, entropy and KL (or None), each [n].
+        head: Makes the distribution's terms from the outputs and the log-std.
     """
 
-    def __init__(
-        self,
-        mlp: MLP,
-        log_std: Tensor | None,
-        obs: Tensor,
-        terms: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]],
-    ):
+    def __init__(self, mlp: MLP, log_std: Tensor | None, obs: Tensor, head: PolicyHead):
         self._pass = mlp.forward(obs)
-        outputs = self._pass.output.T.detach().requires_grad_()
-        expanded = None if log_std is None else log_std.detach().expand(len(outputs), -1).clone().requires_grad_()
-        self._leaves = [leaf for leaf in (outputs, expanded) if leaf is not None]
-        self._graphs = terms(outputs, expanded)
-        self._scores: dict[int, tuple[Tensor, ...]] = {}
-        self.logp, self.entropy = self._graphs[0].detach(), self._graphs[1].detach()
-        self.kl = None if self._graphs[2] is None else self._graphs[2].detach()
+        output = self._pass.output
+        self._terms = head(output, None if log_std is None else log_std.detach()[:, None].expand(-1, output.shape[1]))
+        self._scores: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.logp, self.entropy, self.kl = self._terms.logp, self._terms.entropy, self._terms.kl
 
     def gradient(self, logp: Tensor, entropy: Tensor | None = None, kl: Tensor | None = None) -> Tensor:
-        cotangents = [
-            [weights[:, None] * score for score in self._score(term)]
-            for term, weights in enumerate((logp, entropy, kl))
-            if weights is not None
-        ]
-        leaves = [sum(parts[1:], start=parts[0]) for parts in zip(*cotangents, strict=True)]
-        gradient = self._pass.gradient(self._pass.cotangents(leaves[0].T))
-        return gradient if len(leaves) == 1 else torch.cat([gradient, leaves[1].sum(0)])
+        output, log_std = self._cotangent(LOGP, logp)
+        for term, weights in ((ENTROPY, entropy), (KL, kl)):
+            if weights is not None:
+                more_output, more_log_std = self._cotangent(term, weights)
+                output = output + more_output
+                log_std = None if log_std is None or more_log_std is None else log_std + more_log_std
+        gradient = self._pass.gradient(self._pass.cotangents(output))
+        return gradient if log_std is None else torch.cat([gradient, log_std.sum(1)])
 
-    def _score(self, term: int) -> tuple[Tensor, ...]:
-        """The derivative of each slot's term in its own outputs."""
+    def _cotangent(self, term: int, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Cotangents of outputs and log-std, [d, n], for weights [n] of one term."""
         if term not in self._scores:
-            graph = self._graphs[term]
-            assert graph is not None
-            self._scores[term] = torch.autograd.grad(
-                graph.sum(), self._leaves, retain_graph=True, materialize_grads=True
-            )
-        return self._scores[term]
+            self._scores[term] = self._terms.scores(term)
+        output, log_std = self._scores[term]
+        return weights * output, None if log_std is None else weights * log_std
