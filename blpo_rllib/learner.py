@@ -26,9 +26,10 @@ from blpo_rllib.connectors import SEGMENT_CONTINUES, SEGMENT_STEP, PackSegments,
 from blpo_rllib.core.curvature import CURVATURES
 from blpo_rllib.core.gae import AdvantageOperator
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss
+from blpo_rllib.core.minibatch import UpdateSettings
 from blpo_rllib.core.reduction import AllReduce, Reduction
 from blpo_rllib.core.segments import SegmentBatch
-from blpo_rllib.core.update import BilevelUpdate, UpdateSettings
+from blpo_rllib.core.update import BilevelUpdate
 from blpo_rllib.players import RLModulePlayers
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ from ray.rllib.core.models.torch.heads import TorchFreeLogStdMLPHead, TorchMLPHe
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from torch import Tensor
 
+from blpo_rllib.core.minibatch import Players
 from blpo_rllib.core.mlp import MLP, MLPActorPass, MLPCriticPass
-from blpo_rllib.core.networks import ActorPass, AutogradActorPass, AutogradCriticPass, CriticPass
+from blpo_rllib.core.networks import ActorPass, AutogradActorPass, AutogradCriticPass, Coordinates, CriticPass
 from blpo_rllib.core.policy_heads import AutogradTerms, CategoricalTerms, GaussianTerms, PolicyHead
-from blpo_rllib.core.update import Players
 from blpo_rllib.rl_module import BLPOTorchRLModule
 
 
@@ -85,6 +85,9 @@ class RLModulePlayers(Players):
             found = mlp.parameters + ([] if log_std is None else [log_std])
             if _same(found, self.actor_parameters):
                 self._actor_mlp, self._log_std, self.actor_parameters = mlp, log_std, found
+
+    def columns(self, indices: np.ndarray) -> Coordinates:
+        return super().columns(indices) if self._critic_mlp is None else self._critic_mlp.columns(indices)
 
     def critic(self, obs: Any) -> CriticPass:
         if self._critic_mlp is not None:

@@ -5,11 +5,11 @@ from torch import nn
 
 from blpo_rllib.core.curvature import CriticLoss
 from blpo_rllib.core.gae import AdvantageOperator
+from blpo_rllib.core.minibatch import Players
 from blpo_rllib.core.mlp import MLP, MLPActorPass, MLPCriticPass
 from blpo_rllib.core.networks import ActorPass, AutogradActorPass, AutogradCriticPass
 from blpo_rllib.core.policy_heads import AutogradTerms
 from blpo_rllib.core.segments import SegmentBatch
-from blpo_rllib.core.update import Players
 
 FLOAT64 = torch.float64
 OBS_SIZE = 3
@@ -44,6 +44,9 @@ class SmallPlayers(Players):
         self.by_hand = by_hand
         self.critic_parameters = list(self.critic_network.parameters())
         self.actor_parameters = [*self.actor_network.parameters(), self.log_std]
+
+    def columns(self, indices):
+        return MLP.of([self.critic_network]).columns(indices) if self.by_hand else super().columns(indices)
 
     def critic(self, obs):
         if self.by_hand:

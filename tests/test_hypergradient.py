@@ -177,13 +177,14 @@ def test_hypergradient_is_the_total_derivative_of_a_quadratic_bilevel_problem(so
     with torch.no_grad():
         nn.utils.vector_to_parameters(best_response(theta0), players.critic_parameters)
     loss = critic_loss(players, batch, targets)
+    columns = players.columns(solver.draw(len(w0), np.random.default_rng(0)))
     result = hypergradient(
         actor_of(players, batch),
         loss,
         batch,
         LEADER,
         Correction(cross_clip=None, bound=None),
-        lambda v: solver.solve(Hessian(loss, NONE), v, np.random.default_rng(0)),
+        lambda v: solver.solve(Hessian(loss, NONE), v, columns),
         NONE,
     )
     assert (result.scale * result.mixed_product).norm() > 0.05 * result.grad_actor.norm(), (

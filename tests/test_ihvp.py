@@ -7,6 +7,7 @@ from problems import FLOAT64, SmallPlayers, critic_loss, random_batch
 
 from blpo_rllib.core.curvature import Curvature, GaussNewton, Hessian
 from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom
+from blpo_rllib.core.networks import Coordinates
 from blpo_rllib.core.reduction import Reduction
 
 
@@ -25,7 +26,7 @@ class DenseCurvature(Curvature):
         return self._matrix @ x
 
     def _local_rows(self, columns):
-        return self._matrix[columns]
+        return self._matrix[columns.index]
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def hessian():
 
 @pytest.fixture
 def dense(hessian):
-    return hessian.rows(np.arange(hessian.size))
+    return hessian.rows(all_columns(hessian))
 
 
 @pytest.fixture
@@ -47,6 +48,16 @@ def generator(seed=0):
     return np.random.default_rng(seed)
 
 
+def all_columns(curvature):
+    return Coordinates.of(np.arange(curvature.size), torch.device("cpu"))
+
+
+def solve(solver, curvature, v, rng):
+    """Draw and solve, as the update does."""
+    drawn = solver.draw(curvature.size, rng)
+    return solver.solve(curvature, v, None if drawn is None else Coordinates.of(drawn, v.device))
+
+
 def check(actual, expected, rtol=1e-8):
     assert (actual - expected).norm() <= rtol * expected.norm()
 
@@ -56,7 +67,7 @@ def check(actual, expected, rtol=1e-8):
 @pytest.mark.parametrize("shift", [0.0, 1.0])
 def test_nystrom_is_its_dense_formula(hessian, dense, v, rank, damping, shift):
     solver = Nystrom(rank, damping, shift)
-    x = solver.solve(hessian, v, generator())
+    x = solve(solver, hessian, v, generator())
     c = dense[solver.columns]
     core = c[:, solver.columns] + shift * torch.eye(rank, dtype=FLOAT64)
     model = c.T @ torch.linalg.solve(core, c)
@@ -65,19 +76,19 @@ def test_nystrom_is_its_dense_formula(hessian, dense, v, rank, damping, shift):
 
 def test_nystrom_of_full_rank_is_exact(hessian, dense, v):
     damped = dense + 0.3 * torch.eye(len(v), dtype=FLOAT64)
-    x = Nystrom(len(v), 0.3, core_shift=0.0).solve(hessian, v, generator())
+    x = solve(Nystrom(len(v), 0.3, core_shift=0.0), hessian, v, generator())
     check(x, torch.linalg.solve(damped, v), rtol=1e-6)
 
 
 def test_nystrom_columns_are_kept_or_redrawn(hessian, v):
     fixed, redrawn, rng = Nystrom(3), Nystrom(3, redraw=True), generator()
-    fixed.solve(hessian, v, rng)
+    solve(fixed, hessian, v, rng)
     first = fixed.columns.copy()
-    fixed.solve(hessian, v, rng)
+    solve(fixed, hessian, v, rng)
     assert (fixed.columns == first).all()
     draws = set()
     for _ in range(5):
-        redrawn.solve(hessian, v, rng)
+        solve(redrawn, hessian, v, rng)
         assert len(set(redrawn.columns)) == 3
         draws.add(tuple(redrawn.columns))
     assert len(draws) > 1
@@ -85,29 +96,29 @@ def test_nystrom_columns_are_kept_or_redrawn(hessian, v):
 
 def test_nystrom_state_restores_columns(hessian, v):
     solver, restored = Nystrom(4), Nystrom(4)
-    x = solver.solve(hessian, v, generator(1))
+    x = solve(solver, hessian, v, generator(1))
     restored.set_state(solver.get_state())
-    assert torch.equal(restored.solve(hessian, v, generator(2)), x)
+    assert torch.equal(solve(restored, hessian, v, generator(2)), x)
 
 
 def test_exact(hessian, dense, v):
-    x = Exact(damping=0.1).solve(hessian, v, generator())
+    x = solve(Exact(damping=0.1), hessian, v, generator())
     check(x, torch.linalg.solve(dense + 0.1 * torch.eye(len(v), dtype=FLOAT64), v))
 
 
 def test_conjugate_gradient_on_gauss_newton(v):
     curvature = GaussNewton(critic_loss(SmallPlayers(), random_batch()), Reduction())
-    dense = curvature.rows(np.arange(curvature.size)) + 0.5 * torch.eye(len(v), dtype=FLOAT64)
-    x = ConjugateGradient(iterations=curvature.size, damping=0.5).solve(curvature, v, generator())
+    dense = curvature.rows(all_columns(curvature)) + 0.5 * torch.eye(len(v), dtype=FLOAT64)
+    x = solve(ConjugateGradient(iterations=curvature.size, damping=0.5), curvature, v, generator())
     check(x, torch.linalg.solve(dense, v))
 
 
 def test_conjugate_gradient_stops_at_the_solution():
     matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=FLOAT64))
     v = torch.tensor([1.0, 1.0, 1.0], dtype=FLOAT64)
-    x = ConjugateGradient(iterations=50).solve(DenseCurvature(matrix), v, generator())
+    x = solve(ConjugateGradient(iterations=50), DenseCurvature(matrix), v, generator())
     check(x, v / matrix.diagonal())
-    zero = ConjugateGradient().solve(DenseCurvature(matrix), torch.zeros_like(v), generator())
+    zero = solve(ConjugateGradient(), DenseCurvature(matrix), torch.zeros_like(v), generator())
     assert torch.equal(zero, torch.zeros_like(v))
 
 

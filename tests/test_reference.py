@@ -14,7 +14,7 @@ from blpo_rllib.core.curvature import CriticLoss, Hessian
 from blpo_rllib.core.gae import AdvantageOperator
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss, hypergradient
 from blpo_rllib.core.ihvp import Nystrom
-from blpo_rllib.core.networks import AutogradActorPass, AutogradCriticPass, flatten
+from blpo_rllib.core.networks import AutogradActorPass, AutogradCriticPass, Coordinates, flatten
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentBatch
 
@@ -128,8 +128,10 @@ def test_minibatches_match_published_numbers(path, dtype):
         loss, solver = case.critic_loss(), solver_of(file, case)
         published_ihvp = case.vector("ihvp")
 
-        def solve(v, solver=solver, loss=loss, published_ihvp=published_ihvp):
-            return published_ihvp if solver is None else solver.solve(Hessian(loss, Reduction()), v, None)
+        columns = None if solver is None else Coordinates.of(solver.columns, torch.device("cpu"))
+
+        def solve(v, solver=solver, loss=loss, published_ihvp=published_ihvp, columns=columns):
+            return published_ihvp if solver is None else solver.solve(Hessian(loss, Reduction()), v, columns)
 
         result = hypergradient(
             case.actor_pass(),

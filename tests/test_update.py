@@ -12,9 +12,10 @@ from blpo_rllib.core.curvature import GaussNewton, Hessian
 from blpo_rllib.core.gae import AdvantageOperator
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss
 from blpo_rllib.core.ihvp import ConjugateGradient, Exact, IHVPSolver, Nystrom
+from blpo_rllib.core.minibatch import COUNTS, MINIBATCH_MEANS, UpdateSettings
 from blpo_rllib.core.networks import flatten
 from blpo_rllib.core.reduction import Reduction
-from blpo_rllib.core.update import COUNTS, MINIBATCH_MEANS, BilevelUpdate, UpdateSettings
+from blpo_rllib.core.update import BilevelUpdate
 
 SETTINGS = UpdateSettings(
     num_epochs=2,
@@ -30,7 +31,7 @@ class BrokenSolver(IHVPSolver):
 
     damping = 1.0
 
-    def solve(self, curvature, v, generator):
+    def solve(self, curvature, v, columns):
         return torch.full_like(v, float("nan"))
 
 
@@ -40,6 +41,10 @@ def make(players, solver=None, curvature=Hessian):
         for parameters, lr in ((players.actor_parameters, 3e-3), (players.critic_parameters, 1e-2))
     ]
     return BilevelUpdate(players, *optimizers, curvature, solver, np.random.default_rng(0), Reduction())
+
+
+def optimizers_of(update):
+    return [adam._optimizer for adam in update._adams]
 
 
 def weights(players):
@@ -140,12 +145,12 @@ def test_non_finite_data_reaches_neither_weights_nor_optimizers(bad):
     # One of the two minibatches is bad: its actor step and its nested critic steps are skipped, the other's are not.
     assert metrics["skipped_actor_updates"] == 1
     assert metrics["skipped_critic_updates"] == SETTINGS.num_critic_updates
-    for optimizer in (update._actor_optimizer, update._critic_optimizer):
+    for optimizer in optimizers_of(update):
         for state in optimizer.state.values():
             assert all(torch.isfinite(x).all() for x in state.values())
     assert torch.isfinite(weights(poisoned)).all()
     assert not torch.equal(weights(poisoned), weights(healthy))
-    steps = {int(s["step"]) for s in update._critic_optimizer.state.values()}
+    steps = {int(s["step"]) for s in optimizers_of(update)[1].state.values()}
     assert steps == {SETTINGS.num_critic_updates}
 
 
@@ -177,10 +182,7 @@ def test_state_restores_the_next_update_bit_for_bit():
     again = make(restored, Nystrom(3))
     again._generator = np.random.default_rng(99)
     again.set_state(copy.deepcopy(update.get_state()))
-    for mine, theirs in (
-        (again._actor_optimizer, update._actor_optimizer),
-        (again._critic_optimizer, update._critic_optimizer),
-    ):
+    for mine, theirs in zip(optimizers_of(again), optimizers_of(update), strict=True):
         mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
     assert update.run(batch, 4, SETTINGS) == again.run(batch, 4, SETTINGS)
     assert torch.equal(weights(players), weights(restored))

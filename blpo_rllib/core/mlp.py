@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blpo_rllib.core.networks import ActorPass, CriticPass, unflatten
+from blpo_rllib.core.networks import ActorPass, Coordinates, CriticPass, unflatten
 from blpo_rllib.core.policy_heads import ENTROPY, KL, LOGP, PolicyHead
 
 
@@ -85,7 +85,6 @@ class MLP:
     def __init__(self, layers: Sequence[nn.Linear], activations: Sequence[Activation]):
         self.layers, self.activations = list(layers), list(activations)
         self.parameters: list[Tensor] = [p for layer in self.layers for p in (layer.weight, layer.bias)]
-        self._located: tuple[bytes, list[UnitGroup]] = (b"", [])
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module]) -> MLP | None:
@@ -98,19 +97,17 @@ class MLP:
             return None
         return cls(layers, activations)  # type: ignore[arg-type]
 
-    def locate(self, columns: np.ndarray) -> list[UnitGroup]:
-        """The parameters at ``columns`` (int64 [k]) of the flat vector, layer by layer; computed on the host, once."""
-        key = columns.tobytes()
-        if self._located[0] != key:
-            self._located = key, self._locate(columns)
-        return self._located[1]
+    def columns(self, indices: np.ndarray) -> Coordinates:
+        """The parameters at ``indices`` (int64 [k]) of the flat vector, found layer by layer, on the host."""
+        index = torch.as_tensor(indices, device=self.layers[0].weight.device)
+        return Coordinates(index, self._locate(indices))
 
-    def _locate(self, columns: np.ndarray) -> list[UnitGroup]:
+    def _locate(self, indices: np.ndarray) -> list[UnitGroup]:
         device, groups, offset = self.layers[0].weight.device, [], 0
         for number, layer in enumerate(self.layers, start=1):
             num_weights, num_units = layer.weight.numel(), layer.out_features
-            rows = np.flatnonzero((columns >= offset) & (columns < offset + num_weights + num_units))
-            position = columns[rows] - offset
+            rows = np.flatnonzero((indices >= offset) & (indices < offset + num_weights + num_units))
+            position = indices[rows] - offset
             is_bias = position >= num_weights
             units = np.where(is_bias, position - num_weights, position // layer.in_features)
             inputs = np.where(is_bias, 0, position % layer.in_features)
@@ -222,9 +219,9 @@ class MLPCriticPass(CriticPass):
             total = total + (self._g[layer] * moved).sum(0)
         return total
 
-    def jacobian_columns(self, columns: np.ndarray) -> Tensor:
+    def jacobian_columns(self, columns: Coordinates) -> Tensor:
         rows = self.values.new_empty(len(columns), len(self.values))
-        for group in self._mlp.locate(columns):
+        for group in columns.groups:
             rows[group.rows] = self._g[group.layer][group.units] * self._drive(group)
         return rows
 
@@ -232,9 +229,9 @@ class MLPCriticPass(CriticPass):
         """How each parameter of the group moves z_l of its unit: h_{l-1}[c], or 1 for a bias, [m, n]."""
         return self._pass.hidden(group.layer - 1)[group.inputs].masked_fill(group.is_bias, 1.0)
 
-    def second_order_rows(self, columns: np.ndarray, first: Tensor, second: Tensor) -> Tensor:
+    def second_order_rows(self, columns: Coordinates, first: Tensor, second: Tensor) -> Tensor:
         rows = self.values.new_empty(len(columns), self.num_parameters)
-        for group in self._mlp.locate(columns):
+        for group in columns.groups:
             rows[group.rows] = self._group_rows(group, first, second)
         return rows
 

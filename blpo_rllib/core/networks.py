@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,27 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Cuts a vector [n] into views shaped ``like`` the given tensors: the inverse of :func:`flatten`."""
     pieces = vector.split([x.numel() for x in like])
     return [piece.view_as(x) for piece, x in zip(pieces, like, strict=True)]
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Coordinates K of the critic's flat vector.
+
+    Attributes:
+        index: int64 [k], on the critic's device.
+        groups: The same as positions in the critic's layers, where its pass needs that.
+    """
+
+    index: Tensor
+    groups: Sequence[Any] = ()
+
+    @classmethod
+    def of(cls, indices: np.ndarray, device: torch.device) -> Coordinates:
+        """From indices on the host."""
+        return cls(torch.as_tensor(indices, device=device))
+
+    def __len__(self) -> int:
+        return len(self.index)
 
 
 class CriticPass(ABC):
@@ -48,15 +71,15 @@ class CriticPass(ABC):
         """J x, [p] to [n]."""
 
     @abstractmethod
-    def jacobian_columns(self, columns: np.ndarray) -> Tensor:
-        """∂V/∂w_i for each i in ``columns``: int64 [k] to [k, n]."""
+    def jacobian_columns(self, columns: Coordinates) -> Tensor:
+        """∂V/∂w_i for each i in ``columns``, [k, n]."""
 
     @abstractmethod
-    def second_order_rows(self, columns: np.ndarray, first: Tensor, second: Tensor) -> Tensor:
+    def second_order_rows(self, columns: Coordinates, first: Tensor, second: Tensor) -> Tensor:
         r"""Rows K of :math:`J^\top \mathrm{diag}(a) J + \sum_t u_t \nabla^2 V_t`.
 
         Args:
-            columns: K, int64 [k].
+            columns: K, k of them.
             first: u [n], multiplies the second derivatives of V.
             second: a [n], multiplies the outer products of its first derivatives.
 
@@ -115,9 +138,9 @@ class AutogradCriticPass(CriticPass):
     def jvp(self, tangent: Tensor) -> Tensor:
         return self._jvps(tangent[None])[0]
 
-    def jacobian_columns(self, columns: np.ndarray) -> Tensor:
+    def jacobian_columns(self, columns: Coordinates) -> Tensor:
         units = self.values.new_zeros(len(columns), self.num_parameters)
-        return self._jvps(units.scatter_(1, torch.as_tensor(columns, device=units.device)[:, None], 1.0))
+        return self._jvps(units.scatter_(1, columns.index[:, None], 1.0))
 
     def _jvps(self, tangents: Tensor) -> Tensor:
         """J x as the derivative of u ↦ (Jᵀ u) · x, which needs no forward-mode rules of the module's operations."""
@@ -128,8 +151,8 @@ class AutogradCriticPass(CriticPass):
         ]
         return torch.stack(products)
 
-    def second_order_rows(self, columns: np.ndarray, first: Tensor, second: Tensor) -> Tensor:
-        picked = self._loss_gradient(first, second)[torch.as_tensor(columns, device=first.device)]
+    def second_order_rows(self, columns: Coordinates, first: Tensor, second: Tensor) -> Tensor:
+        picked = self._loss_gradient(first, second)[columns.index]
         return torch.stack([_gradient(entry, self._parameters, torch.ones_like(entry)) for entry in picked])
 
     def second_order_product(self, tangent: Tensor, first: Tensor, second: Tensor) -> Tensor:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
-from blpo_rllib.core.networks import CriticPass
+from blpo_rllib.core.networks import Coordinates, CriticPass
 from blpo_rllib.core.reduction import Reduction
 
 
@@ -58,8 +57,8 @@ class Curvature(ABC):
         """H x, [p] to [p]."""
         return self._reduction.sum(self._local_matvec(x))
 
-    def rows(self, columns: np.ndarray) -> Tensor:
-        """H[K, :], int64 [k] (on the host) to [k, p]; by symmetry also the columns K."""
+    def rows(self, columns: Coordinates) -> Tensor:
+        """H[K, :], for k coordinates K, [k, p]; by symmetry also the columns K."""
         return self._reduction.sum(self._local_rows(columns))
 
     @abstractmethod
@@ -67,5 +66,5 @@ class Curvature(ABC):
         """This process's term of :meth:`matvec`."""
 
     @abstractmethod
-    def _local_rows(self, columns: np.ndarray) -> Tensor:
+    def _local_rows(self, columns: Coordinates) -> Tensor:
         """This process's term of :meth:`rows`."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 from torch import Tensor
 
 from blpo_rllib.core.curvature.base import Curvature
+from blpo_rllib.core.networks import Coordinates
 
 
 class GaussNewton(Curvature):
@@ -18,5 +18,5 @@ class GaussNewton(Curvature):
     def _local_matvec(self, x: Tensor) -> Tensor:
         return self._loss.critic.vjp(2 * self._loss.weights * self._loss.critic.jvp(x))
 
-    def _local_rows(self, columns: np.ndarray) -> Tensor:
+    def _local_rows(self, columns: Coordinates) -> Tensor:
         return self._loss.critic.vjp(2 * self._loss.weights * self._loss.critic.jacobian_columns(columns))

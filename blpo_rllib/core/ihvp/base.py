@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from blpo_rllib.core.curvature import Curvature
+from blpo_rllib.core.networks import Coordinates
 
 
 class IHVPSolver(ABC):
@@ -20,14 +21,23 @@ class IHVPSolver(ABC):
 
     damping: float
 
+    def draw(self, size: int, generator: np.random.Generator) -> np.ndarray | None:
+        """The coordinates whose rows of H the next :meth:`solve` takes, distinct int64 in [0, size), or None for none.
+
+        Args:
+            size: p.
+            generator: The only source of randomness a solver may use; its state is kept in checkpoints.
+        """
+        return None
+
     @abstractmethod
-    def solve(self, curvature: Curvature, v: Tensor, generator: np.random.Generator) -> Tensor:
-        """Returns x [p].
+    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None) -> Tensor:
+        """Returns x [p]; only tensor operations, without a device sync.
 
         Args:
             curvature: H.
             v: The vector [p].
-            generator: The only source of randomness a solver may use; its state is kept in checkpoints.
+            columns: What :meth:`draw` returned.
         """
 
     def check_size(self, size: int) -> None:  # noqa: B027

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from blpo_rllib.core.curvature import Curvature
 from blpo_rllib.core.ihvp.base import IHVPSolver, check_damping
+from blpo_rllib.core.networks import Coordinates
 
 
 class ConjugateGradient(IHVPSolver):
@@ -30,7 +31,7 @@ class ConjugateGradient(IHVPSolver):
         check_damping(damping, "cg_damping", positive=False)
         self.iterations, self.damping = iterations, damping
 
-    def solve(self, curvature: Curvature, v: Tensor, generator: np.random.Generator) -> Tensor:
+    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None) -> Tensor:
         x, residual, direction = torch.zeros_like(v), v, v
         squared = v @ v
         for _ in range(self.iterations):

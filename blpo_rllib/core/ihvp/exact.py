@@ -8,6 +8,7 @@ from torch import Tensor
 
 from blpo_rllib.core.curvature import Curvature
 from blpo_rllib.core.ihvp.base import IHVPSolver, check_damping
+from blpo_rllib.core.networks import Coordinates
 
 
 class Exact(IHVPSolver):
@@ -24,6 +25,7 @@ class Exact(IHVPSolver):
     def __init__(self, damping: float = 0.0, max_size: int = 10_000):
         check_damping(damping, "exact_damping", positive=False)
         self.damping, self.max_size = damping, max_size
+        self._everything: np.ndarray | None = None
 
     def check_size(self, size: int) -> None:
         if size > self.max_size:
@@ -32,8 +34,14 @@ class Exact(IHVPSolver):
                 'use hypergradient="nystrom", or pass Exact(max_size=...) if memory allows'
             )
 
-    def solve(self, curvature: Curvature, v: Tensor, generator: np.random.Generator) -> Tensor:
-        matrix = curvature.rows(np.arange(curvature.size)).double()
+    def draw(self, size: int, generator: np.random.Generator) -> np.ndarray:
+        if self._everything is None or len(self._everything) != size:
+            self._everything = np.arange(size)
+        return self._everything
+
+    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None) -> Tensor:
+        assert columns is not None
+        matrix = curvature.rows(columns).double()
         matrix.diagonal().add_(self.damping)
         x, _ = torch.linalg.solve_ex(matrix, v.double())
         return x.to(v.dtype)

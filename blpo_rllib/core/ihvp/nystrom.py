@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blpo_rllib.core.curvature import Curvature
 from blpo_rllib.core.ihvp.base import IHVPSolver, check_damping
+from blpo_rllib.core.networks import Coordinates
 
 
 class Nystrom(IHVPSolver):
@@ -45,12 +46,16 @@ class Nystrom(IHVPSolver):
                 f"nystrom_rank={self.rank} exceeds the critic's {size} parameters: use a rank between 1 and {size}"
             )
 
-    def solve(self, curvature: Curvature, v: Tensor, generator: np.random.Generator) -> Tensor:
+    def draw(self, size: int, generator: np.random.Generator) -> np.ndarray:
         if self.columns is None or self.redraw:
-            self.columns = generator.choice(curvature.size, self.rank, replace=False, shuffle=False)
-        c = curvature.rows(self.columns)
+            self.columns = generator.choice(size, self.rank, replace=False, shuffle=False)
+        return self.columns
+
+    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None) -> Tensor:
+        assert columns is not None
+        c = curvature.rows(columns)
         shift = self.core_shift * torch.eye(self.rank, dtype=v.dtype, device=v.device)
-        core = c[:, torch.as_tensor(self.columns, device=v.device)] + shift + c @ c.T / self.damping
+        core = c[:, columns.index] + shift + c @ c.T / self.damping
         # solve_ex: a singular core gives non-finite numbers, which the caller catches, instead of a device sync.
         y, _ = torch.linalg.solve_ex(core, c @ v)
         return v / self.damping - y @ c / self.damping**2

@@ -1,0 +1,271 @@
+"""One minibatch of BLPO (paper, algorithm 1): nested critic steps, hypergradient, actor step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import tree
+from torch import Tensor
+
+from blpo_rllib.core.adam import AdamSteps
+from blpo_rllib.core.curvature import CriticLoss, Curvature
+from blpo_rllib.core.hypergradient import (
+    Correction,
+    Hypergradient,
+    LeaderLoss,
+    hypergradient,
+    leader_gradient,
+    step_weights,
+)
+from blpo_rllib.core.ihvp import IHVPSolver
+from blpo_rllib.core.networks import ActorPass, Coordinates, CriticPass
+from blpo_rllib.core.reduction import Reduction
+from blpo_rllib.core.segments import SegmentBatch
+
+
+class Players(ABC):
+    """A leader and a follower with no parameter in common."""
+
+    actor_parameters: list[Tensor]
+    critic_parameters: list[Tensor]
+
+    @abstractmethod
+    def critic(self, obs: Any) -> CriticPass:
+        """The critic at observations [n, ...]."""
+
+    @abstractmethod
+    def actor(self, obs: Any, actions: Any, old_dist_inputs: Tensor | None) -> ActorPass:
+        """The actor at observations [n, ...]; with the KL divergence if ``old_dist_inputs`` [n, d] are given."""
+
+    def columns(self, indices: np.ndarray) -> Coordinates:
+        """Coordinates of the critic's flat vector, int64 [k], in the form in which its passes take them."""
+        return Coordinates.of(indices, self.critic_parameters[0].device)
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """What one update phase does; ranges are checked by ``BLPOConfig.validate()``.
+
+    Attributes:
+        num_epochs: Passes over the batch, >= 1.
+        num_critic_updates: N, nested critic steps per minibatch, >= 1.
+        leader: The leader's objective.
+        grad_clip: Largest global norm of a player's gradient; None for no clipping.
+        correction: Clip and bound of the cross term.
+    """
+
+    num_epochs: int
+    num_critic_updates: int
+    leader: LeaderLoss
+    grad_clip: float | None
+    correction: Correction
+
+
+# Means over the steps of a minibatch: computed on each process's share, summed over processes once per update phase.
+STEP_MEANS = (
+    "vf_loss_before_nesting",
+    "policy_loss",
+    "vf_loss_after_nesting",
+    "entropy",
+    "mean_kl_loss",
+    "approx_kl",
+    "clip_fraction",
+    "_target",
+    "_target_squared",
+    "_residual",
+)
+# The same on every process.
+MINIBATCH_MEANS = (
+    "actor_grad_norm",
+    "mixed_norm_unbounded",
+    "mixed_norm",
+    "hypergradient_norm",
+    "mixed_grad_cosine",
+    "bound_active_fraction",
+)
+COUNTS = ("hypergradient_fallbacks", "skipped_actor_updates", "skipped_critic_updates")
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """B segments of S slots, n = B·S slots in all.
+
+    Attributes:
+        segments: The segments [B, S, ...].
+        targets: Value targets [B, S].
+        obs: Observations slot by slot, [n, ...].
+        actions: Actions slot by slot, [n, ...].
+        old_dist_inputs: Inputs of the old policy's distribution slot by slot, [n, d].
+    """
+
+    segments: SegmentBatch
+    targets: Tensor
+    obs: Any
+    actions: Any
+    old_dist_inputs: Tensor
+
+    @classmethod
+    def of(cls, segments: SegmentBatch, targets: Tensor) -> Minibatch:
+        """The minibatch made of these segments."""
+        return cls(segments, targets, slots(segments.obs), slots(segments.actions), slots(segments.old_dist_inputs))
+
+
+def slots(nested: Any) -> Any:
+    """Merges the two leading axes [B, S] of every tensor."""
+    return tree.map_structure(lambda x: x.flatten(0, 1), nested)
+
+
+class MinibatchUpdate:
+    """Takes the players through one minibatch.
+
+    Args:
+        players: Actor and critic.
+        actor_adam: Steps of the actor's optimizer.
+        critic_adam: Steps of the critic's optimizer.
+        curvature: Class of the follower's curvature.
+        solver: The inverse-Hessian-vector product; None for nested PPO, which follows g_θ alone.
+        reduction: Sums over the processes that share the minibatch.
+    """
+
+    def __init__(
+        self,
+        players: Players,
+        actor_adam: AdamSteps,
+        critic_adam: AdamSteps,
+        curvature: type[Curvature],
+        solver: IHVPSolver | None,
+        reduction: Reduction,
+    ):
+        self._players, self._actor_adam, self._critic_adam = players, actor_adam, critic_adam
+        self._curvature, self._solver, self._reduction = curvature, solver, reduction
+
+    def __call__(
+        self, batch: Minibatch, columns: Coordinates | None, settings: UpdateSettings
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Updates the players in place.
+
+        Args:
+            batch: The minibatch.
+            columns: The coordinates that the solver drew, if it draws any.
+            settings: What to do.
+
+        Returns:
+            The values of :data:`STEP_MEANS`, :data:`MINIBATCH_MEANS` and :data:`COUNTS`; v and x.
+        """
+        weights = step_weights(batch.segments, self._reduction)
+        loss_before, critic_skips = self._nested_critic_updates(batch, weights, settings)
+        loss = self.critic_loss(batch, weights)
+        old_dist_inputs = None if settings.leader.kl_coeff is None else batch.old_dist_inputs
+        actor = self._players.actor(batch.obs, batch.actions, old_dist_inputs)
+        result = self._hypergradient(actor, loss, batch.segments, columns, settings)
+        actor_skip = self._step(self._actor_adam, result.direction, settings)
+        metrics = torch.cat(
+            [
+                _step_means(loss, actor, result, loss_before, settings.leader.clip),
+                _minibatch_means(result),
+                torch.stack([actor_skip, critic_skips]),
+            ]
+        )
+        # A minibatch that was skipped for non-finite numbers is counted, and left out of the means.
+        return metrics.nan_to_num(0.0, 0.0, 0.0), result.grad_critic, result.ihvp
+
+    def critic_loss(self, batch: Minibatch, weights: Tensor) -> CriticLoss:
+        """The follower's objective at the present w."""
+        return CriticLoss(self._players.critic(batch.obs), batch.targets.flatten(), weights.flatten())
+
+    def _nested_critic_updates(
+        self, batch: Minibatch, weights: Tensor, settings: UpdateSettings
+    ) -> tuple[Tensor, Tensor]:
+        """N optimizer steps on L(θ, ·); returns L before the first and how many were skipped."""
+        first, skips = None, torch.zeros((), device=weights.device)
+        for _ in range(settings.num_critic_updates):
+            loss = self.critic_loss(batch, weights)
+            first = loss.value if first is None else first
+            gradient = self._reduction.sum(loss.critic.vjp(loss.cotangent))
+            skips = skips + self._step(self._critic_adam, gradient, settings)
+        assert first is not None
+        return first, skips
+
+    def _hypergradient(
+        self,
+        actor: ActorPass,
+        loss: CriticLoss,
+        segments: SegmentBatch,
+        columns: Coordinates | None,
+        settings: UpdateSettings,
+    ) -> Hypergradient:
+        if self._solver is None:
+            adv = segments.advantage.advantages(segments.rewards, loss.critic.values.view_as(segments.step))
+            weights = loss.weights.view_as(segments.step)
+            surrogate, gradient = leader_gradient(actor, segments, adv, weights, settings.leader, self._reduction)
+            none, zero = gradient.new_zeros(0), torch.zeros_like(gradient)
+            return Hypergradient(adv, surrogate, gradient, none, none, zero, zero[0], gradient)
+        solver, curvature = self._solver, self._curvature(loss, self._reduction)
+        return hypergradient(
+            actor,
+            loss,
+            segments,
+            settings.leader,
+            settings.correction,
+            lambda v: solver.solve(curvature, v, columns),
+            self._reduction,
+        )
+
+    def _step(self, adam: AdamSteps, gradient: Tensor, settings: UpdateSettings) -> Tensor:
+        """One optimizer step; a non-finite gradient leaves weights and optimizer state as they are and returns 1."""
+        norm = gradient.norm()
+        skip = torch.isfinite(norm).logical_not().to(torch.float32)
+        if settings.grad_clip is not None:
+            gradient = gradient * (settings.grad_clip / norm).clamp(max=1.0)
+        adam.step(gradient, skip)
+        return skip
+
+
+def _step_means(
+    loss: CriticLoss,
+    actor: ActorPass,
+    result: Hypergradient,
+    loss_before: Tensor,
+    clip: float,
+) -> Tensor:
+    """The values of :data:`STEP_MEANS`."""
+    ratio = result.surrogate.ratio.flatten()
+    residual = loss.targets - loss.critic.values
+    per_step = torch.stack(
+        [
+            -(result.surrogate.slope * result.adv).flatten(),
+            residual.square(),
+            actor.entropy,
+            torch.zeros_like(ratio) if actor.kl is None else actor.kl,
+            ratio - 1 - ratio.log(),
+            ((ratio - 1).abs() > clip).to(ratio.dtype),
+            loss.targets,
+            loss.targets.square(),
+            residual,
+        ]
+    )
+    means = (per_step * loss.weights).sum(1)
+    return torch.cat([loss_before[None], means])
+
+
+def _minibatch_means(result: Hypergradient) -> Tensor:
+    """The values of :data:`MINIBATCH_MEANS`."""
+    grad_norm, unbounded = result.grad_actor.norm(), result.mixed_product.norm()
+    applied = result.scale * unbounded
+    cosine = (result.mixed_product @ result.grad_actor) / (unbounded * grad_norm)
+    bounded = (result.scale < 1) & (result.scale > 0)
+    return torch.stack(
+        [
+            grad_norm,
+            unbounded,
+            applied,
+            result.direction.norm(),
+            cosine.masked_fill(result.scale == 0, 0.0),
+            bounded.to(applied.dtype),
+            torch.isfinite(unbounded).logical_not().to(applied.dtype),
+        ]
+    )
