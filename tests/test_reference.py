@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from blpo_rllib.core.adam import AdamSteps
 from blpo_rllib.core.curvature import CriticLoss, Hessian
 from blpo_rllib.core.gae import AdvantageOperator
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss, hypergradient
-from blpo_rllib.core.ihvp import Nystrom
+from blpo_rllib.core.ihvp import ConjugateGradient, Nystrom
 from blpo_rllib.core.networks import AutogradActorPass, AutogradCriticPass, Coordinates, flatten
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentBatch
@@ -152,3 +153,46 @@ def test_minibatches_match_published_numbers(path, dtype):
             "hypergradient": result.direction,
         }.items():
             assert relative_error(computed, case.vector(published)) <= TOLERANCE[dtype], (name, published)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_first_nested_steps_match_published_numbers(path):
+    """The critic after N Adam steps in the first minibatch, before which Adam's state is zero; float32's tolerance:
+    Adam divides by the gradient's own size, which magnifies rounding where that is near its ε."""
+    file = dict(np.load(path))
+    case = Case(file, "case0", torch.float64)
+    weights = {k: v.clone().requires_grad_() for k, v in case.parameters("critic_before").items()}
+    parameters = list(weights.values())
+    adam = torch.optim.Adam(parameters, lr=float(file["config/critic_lr"]), eps=1e-5, fused=True)
+    steps, step = AdamSteps(adam, parameters), case.batch.step[0]
+    targets = torch.cat([case.tensor("value_targets"), torch.zeros(1, dtype=torch.float64)])
+    for _ in range(int(file["config/nested_updates"])):
+        critic = AutogradCriticPass(mlp(weights, case.batch.obs[0])[:, 0], parameters)
+        loss = CriticLoss(critic, targets, step / step.sum())
+        steps.step(critic.vjp(loss.cotangent), torch.zeros(()))
+    moved = case.vector("critic") - case.vector("critic_before")
+    error = flatten([p.detach() for p in parameters]) - case.vector("critic")
+    assert error.norm() <= 1e-3 * moved.norm()
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem.startswith("cg")], ids=lambda p: p.stem)
+def test_conjugate_gradient_goes_the_published_way(path):
+    """20 steps on an indefinite Hessian are chaotic in float32: only direction and residual of the first minibatch are
+    compared, loosely."""
+    file = dict(np.load(path))
+    case = Case(file, "case0", torch.float32)
+    loss, published = case.critic_loss(), case.vector("ihvp")
+    hessian = Hessian(loss, Reduction())
+    found = {}
+
+    def solve(v):
+        x = found["x"] = ConjugateGradient(20).solve(hessian, v, None)
+        residuals = [float((hessian.matvec(y) - v).norm() / v.norm()) for y in (x, published)]
+        found["residuals"] = residuals
+        return x
+
+    hypergradient(
+        case.actor_pass(), loss, case.batch, LeaderLoss(0.2), Correction(None, None), solve, reduction=Reduction()
+    )
+    assert float(found["x"] @ published / (found["x"].norm() * published.norm())) > 0.8
+    assert found["residuals"][0] == pytest.approx(found["residuals"][1], rel=0.5)

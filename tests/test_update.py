@@ -8,6 +8,7 @@ import pytest
 import torch
 from problems import FLOAT64, SmallPlayers, random_batch
 
+from blpo_rllib.core.adam import AdamSteps
 from blpo_rllib.core.curvature import GaussNewton, Hessian
 from blpo_rllib.core.gae import AdvantageOperator
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss
@@ -187,3 +188,24 @@ def test_state_restores_the_next_update_bit_for_bit():
     assert update.run(batch, 4, SETTINGS) == again.run(batch, 4, SETTINGS)
     assert torch.equal(weights(players), weights(restored))
     assert weights(players).dtype == FLOAT64
+
+
+def test_parameters_of_any_memory_layout_and_a_moving_rate():
+    """The fused steps against torch's plain Adam."""
+    torch.manual_seed(1)
+    mine = [torch.randn(3, 4, dtype=FLOAT64).T.requires_grad_(), torch.randn(3, dtype=FLOAT64).requires_grad_()]
+    theirs = [p.detach().clone().requires_grad_() for p in mine]
+    fused = torch.optim.Adam(mine, lr=0.1, eps=1e-5, fused=True)
+    plain = torch.optim.Adam(theirs, lr=0.1, eps=1e-5, foreach=False)
+    steps = AdamSteps(fused, mine)
+    for rate in (0.1, 0.1, 0.03):
+        for optimizer in (fused, plain):
+            optimizer.param_groups[0]["lr"] = rate
+        steps.refresh()
+        gradient = torch.randn(15, dtype=FLOAT64)
+        steps.step(gradient, torch.zeros(()))
+        steps.step(torch.full_like(gradient, float("nan")), torch.ones(()))
+        theirs[0].grad, theirs[1].grad = gradient[:12].view(4, 3), gradient[12:]
+        plain.step()
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

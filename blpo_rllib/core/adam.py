@@ -31,7 +31,11 @@ class AdamSteps:
         self._steps = [state["step"] for state in states]
         self._first = [state["exp_avg"] for state in states]
         self._second = [state["exp_avg_sq"] for state in states]
-        self._lr = torch.as_tensor(group["lr"], dtype=torch.float32, device=self._steps[0].device)
+        # CUDA's kernel reads float32; on CPU float64 keeps the rate exact.
+        device = self._steps[0].device
+        self._lr = torch.as_tensor(
+            group["lr"], dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
+        )
         self._betas, self._epsilon = group["betas"], group["eps"]
 
     def _initialise(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -54,7 +58,7 @@ class AdamSteps:
             torch._foreach_add_(self._steps, 1 - skip)
             torch._fused_adam_(
                 self._parameters,
-                unflatten(gradient, self._parameters),
+                [_laid_out(x, p) for x, p in zip(unflatten(gradient, self._parameters), self._parameters, strict=True)],
                 self._first,
                 self._second,
                 [],
@@ -69,3 +73,8 @@ class AdamSteps:
                 grad_scale=None,
                 found_inf=skip,
             )
+
+
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient with the parameter's strides: the fused kernel goes through memory, not through indices."""
+    return gradient if parameter.is_contiguous() else torch.empty_like(parameter).copy_(gradient)
