@@ -75,7 +75,7 @@ def configure(config, shape: Shape, device: str, **training):
     )
 
 
-def learners(shape: Shape, rank: int, device: str) -> dict:
+def learners(shape: Shape, rank: int, device: str, compiled: bool) -> dict:
     """The learners to compare, by name."""
     nested = {"num_critic_updates": shape.num_critic_updates}
     ppo = {"use_kl_loss": False, "lr": 3e-4, "gamma": 0.99, "lambda_": 0.95, "clip_param": 0.2}
@@ -84,6 +84,9 @@ def learners(shape: Shape, rank: int, device: str) -> dict:
         "nested_ppo": configure(BLPOConfig(), shape, device, hypergradient="none", **nested),
         "blpo": configure(BLPOConfig(), shape, device, nystrom_rank=rank, **nested),
     }
+    if compiled:
+        for name in ("nested_ppo", "blpo"):
+            configs[f"{name}_compiled"] = configs[name].copy(copy_frozen=False).framework(torch_compile_learner=True)
     return {name: config.build_learner() for name, config in configs.items()}
 
 
@@ -127,9 +130,9 @@ def time_round(learner, batch, shape: Shape) -> float:
     return 1e3 * (time.perf_counter() - start) / shape.num_minibatches
 
 
-def measure(shape: Shape, rank: int, device: str, rounds: int, warmup: int) -> dict:
+def measure(shape: Shape, rank: int, device: str, rounds: int, warmup: int, compiled: bool) -> dict:
     """Milliseconds per minibatch by learner, and their ratios to RLlib's PPO learner."""
-    by_name = learners(shape, rank, device)
+    by_name = learners(shape, rank, device, compiled)
     batches, first_update, milliseconds = {}, {}, {name: [] for name in by_name}
     for name, learner in by_name.items():
         if name != "rllib_ppo":
@@ -170,9 +173,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch's intra-op threads")
     parser.add_argument("--rounds", type=int, default=7, help="timed update phases per learner")
     parser.add_argument("--warmup", type=int, default=1, help="untimed update phases per learner after the first")
+    parser.add_argument("--compiled", action="store_true", help="also time BLPO with torch_compile_learner=True")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results = {name: measure(SHAPES[name], args.rank, args.device, args.rounds, args.warmup) for name in args.shapes}
+    results = {
+        name: measure(SHAPES[name], args.rank, args.device, args.rounds, args.warmup, args.compiled)
+        for name in args.shapes
+    }
     print(
         json.dumps(
             {

@@ -230,6 +230,12 @@ class BLPOConfig(PPOConfig):
         except ValueError as error:
             self._value_error(str(error))
 
+        if self.torch_compile_learner and self.nystrom_redraw:
+            self._value_error(
+                "nystrom_redraw=True with torch_compile_learner=True would compile the update anew for every draw: "
+                "set one of them to False"
+            )
+
     def _validate_without_meaning(self) -> None:
         for name, neutral, remedy in (
             ("lr", None, "set actor_lr and critic_lr (the reference takes critic_lr = 4 * actor_lr)"),
@@ -237,7 +243,6 @@ class BLPOConfig(PPOConfig):
             ("use_gae", True, "BLPO differentiates through GAE: leave it True"),
             ("vf_loss_coeff", 1.0, "the critic has an optimizer of its own: set critic_lr"),
             ("vf_clip_param", None, "the critic's loss is the plain squared error: leave it None"),
-            ("torch_compile_learner", False, "RLlib compiles forward_train() and PPO's loss, which BLPO does not run"),
             ("_torch_grad_scaler_class", None, "BLPO trains in one precision: leave it None"),
             ("_torch_lr_scheduler_classes", None, "give actor_lr and critic_lr as schedules [[timestep, value], ...]"),
             ("num_aggregator_actors_per_learner", 0, "BLPO packs segments on the learner: leave it 0"),

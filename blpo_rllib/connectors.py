@@ -38,11 +38,12 @@ class PackSegments(ConnectorV2):
 
     Args:
         num_segments: Maps a module's ID and its number of steps (>= 1) to M.
+        width_multiple: S is rounded up to a multiple of this.
     """
 
-    def __init__(self, num_segments: Callable[[str, int], int]):
+    def __init__(self, num_segments: Callable[[str, int], int], width_multiple: int = 1):
         super().__init__()
-        self._num_segments = num_segments
+        self._num_segments, self._width_multiple = num_segments, width_multiple
 
     @override(ConnectorV2)
     def __call__(self, *, batch: dict[str, Any], **kwargs: Any) -> Any:
@@ -56,7 +57,7 @@ class PackSegments(ConnectorV2):
 
     def _pack(self, columns: dict[str, Any], is_step: np.ndarray, num_segments: int) -> dict[str, Any]:
         terminated = columns[Columns.TERMINATEDS].cpu().numpy().astype(bool)
-        layout = layout_segments(is_step, terminated, num_segments)
+        layout = layout_segments(is_step, terminated, num_segments, self._width_multiple)
         device = columns[Columns.LOSS_MASK].device
         index = torch.as_tensor(layout.index, device=device)
         packed = {name: tree.map_structure(lambda x: x[index], columns[name]) for name in _COLUMNS if name in columns}

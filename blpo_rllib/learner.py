@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import gymnasium as gym
@@ -39,6 +40,9 @@ CRITIC_OPTIMIZER = "critic"
 COMPONENT_BILEVEL = "bilevel"
 COMPONENT_LEARNER_CONNECTOR = "learner_connector"
 
+# A compiled update is compiled anew for each shape: slots per segment are rounded up to keep their number small.
+COMPILED_WIDTH_MULTIPLE = 32
+
 
 class BLPOTorchLearner(PPOTorchLearner):
     """Runs BLPO's update phase on episodes.
@@ -61,7 +65,8 @@ class BLPOTorchLearner(PPOTorchLearner):
             return
         # PPO computes advantages once, on the host; here they are a function of the critic, inside the update.
         self._learner_connector.remove(GeneralAdvantageEstimation)
-        self._learner_connector.append(PackSegments(self._num_segments))
+        width_multiple = COMPILED_WIDTH_MULTIPLE if self.config.torch_compile_learner else 1
+        self._learner_connector.append(PackSegments(self._num_segments, width_multiple))
         if self.config.normalize_rewards:
             self._reward_scale = RewardScale(self.config.gamma, self._reduction, self._device)
             self._learner_connector.prepend(self._reward_scale)
@@ -102,6 +107,20 @@ class BLPOTorchLearner(PPOTorchLearner):
             # The same on all learners, so that they draw the same coordinates; different for each module.
             np.random.default_rng([config.seed or 0, zlib.crc32(module_id.encode())]),
             self._reduction,
+            self._compile,
+        )
+
+    @property
+    def _compile(self) -> Callable[..., Any] | None:
+        """RLlib's own switch and options for compiling the learner, applied to the minibatch update."""
+        if not self.config.torch_compile_learner:
+            return None
+        return functools.partial(
+            torch.compile,
+            backend=self.config.torch_compile_learner_dynamo_backend,
+            mode=self.config.torch_compile_learner_dynamo_mode,
+            dynamic=False,
+            fullgraph=True,
         )
 
     def _is_never_trained(self, module_id: str) -> bool:

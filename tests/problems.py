@@ -8,7 +8,7 @@ from blpo_rllib.core.gae import AdvantageOperator
 from blpo_rllib.core.minibatch import Players
 from blpo_rllib.core.mlp import MLP, MLPActorPass, MLPCriticPass
 from blpo_rllib.core.networks import ActorPass, AutogradActorPass, AutogradCriticPass
-from blpo_rllib.core.policy_heads import AutogradTerms
+from blpo_rllib.core.policy_heads import AutogradTerms, GaussianTerms
 from blpo_rllib.core.segments import SegmentBatch
 
 FLOAT64 = torch.float64
@@ -56,7 +56,10 @@ class SmallPlayers(Players):
     def actor(self, obs, actions, old_dist_inputs) -> ActorPass:
         if self.by_hand:
             terms = lambda mean, log_std: gaussian_terms(mean, log_std, actions, old_dist_inputs)
+            clip = torch.tensor(float("inf"))
             head = lambda outputs, log_std: AutogradTerms(terms, outputs, log_std)
+            if old_dist_inputs is None:
+                head = lambda outputs, log_std: GaussianTerms.at(actions, clip, outputs, log_std)
             return MLPActorPass(MLP.of([self.actor_network]), self.log_std, obs, head)
         terms = gaussian_terms(self.actor_network(obs), self.log_std, actions, old_dist_inputs)
         return AutogradActorPass(*terms, self.actor_parameters)

@@ -126,5 +126,12 @@ def test_recurrent_module():
         with_spaces().rl_module(model_config={"use_lstm": True}).validate()
 
 
+def test_redrawn_coordinates_are_not_compiled():
+    c = config().framework(torch_compile_learner=True)
+    c.validate()
+    with pytest.raises(ValueError, match="nystrom_redraw=True with torch_compile_learner=True"):
+        c.training(nystrom_redraw=True).validate()
+
+
 def test_validation_can_be_switched_off_as_everywhere_in_rllib():
     config().training(hypergradient_bound=-1).experimental(_validate_config=False).validate()

@@ -69,7 +69,9 @@ def test_selected_rows_act_as_the_whole():
     rewards, values = torch.randn(2, 4, 12, dtype=torch.float64)
     operator = AdvantageOperator.of(step, terminated, continues, GAMMA, LAMBDA)
     rows = torch.tensor([2, 0])
-    selected = operator.map_rows(lambda x: x[rows])
+    selected = operator.permuted(rows)
     torch.testing.assert_close(
         selected.advantages(rewards[rows], values[rows]), operator.advantages(rewards, values)[rows]
     )
+    second = operator.split(2)[1]
+    torch.testing.assert_close(second.advantages(rewards[2:], values[2:]), operator.advantages(rewards, values)[2:])

@@ -54,25 +54,49 @@ class AdamSteps:
             gradient: Flat gradient [n].
             skip: Scalar float32; 1 leaves parameters and state as they are, 0 makes the step.
         """
+        pieces = unflatten(gradient, self._parameters)
         with torch.no_grad():
             torch._foreach_add_(self._steps, 1 - skip)
-            torch._fused_adam_(
-                self._parameters,
-                [_laid_out(x, p) for x, p in zip(unflatten(gradient, self._parameters), self._parameters, strict=True)],
-                self._first,
-                self._second,
-                [],
-                self._steps,
-                lr=self._lr,
-                beta1=self._betas[0],
-                beta2=self._betas[1],
-                weight_decay=0.0,
-                eps=self._epsilon,
-                amsgrad=False,
-                maximize=False,
-                grad_scale=None,
-                found_inf=skip,
-            )
+            if torch.compiler.is_compiling():
+                self._traceable_step(pieces, skip)
+            else:
+                self._fused_step(pieces, skip)
+
+    def _fused_step(self, gradients: Sequence[Tensor], skip: Tensor) -> None:
+        torch._fused_adam_(
+            self._parameters,
+            [_laid_out(x, p) for x, p in zip(gradients, self._parameters, strict=True)],
+            self._first,
+            self._second,
+            [],
+            self._steps,
+            lr=self._lr,
+            beta1=self._betas[0],
+            beta2=self._betas[1],
+            weight_decay=0.0,
+            eps=self._epsilon,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=None,
+            found_inf=skip,
+        )
+
+    def _traceable_step(self, gradients: Sequence[Tensor], skip: Tensor) -> None:
+        """The fused kernel's arithmetic (Kingma & Ba 2015, algorithm 1) in operations that a compiler can fuse."""
+        beta1, beta2 = self._betas
+        step = self._steps[0].double().clamp(min=1)
+        rate = (self._lr / (1 - beta1**step)).to(gradients[0].dtype)
+        correction = (1 - beta2**step).sqrt().to(gradients[0].dtype)
+        keep = skip > 0
+        for parameter, gradient, first, second in zip(
+            self._parameters, gradients, self._first, self._second, strict=True
+        ):
+            new_first = first + (1 - beta1) * (gradient - first)
+            new_second = beta2 * second + (1 - beta2) * gradient * gradient
+            change = rate * new_first / (new_second.sqrt() / correction + self._epsilon)
+            parameter.copy_(torch.where(keep, parameter, parameter - change))
+            first.copy_(torch.where(keep, first, new_first))
+            second.copy_(torch.where(keep, second, new_second))
 
 
 def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:

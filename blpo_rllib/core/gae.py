@@ -10,7 +10,6 @@ episode. Both maps and their transposes are needed to differentiate through the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -61,9 +60,17 @@ class AdvantageOperator:
             _carry=decay ** torch.arange(block, 0, -1, device=step.device) * (piece == following[..., None]),
         )
 
-    def map_rows(self, function: Callable[[Tensor], Tensor]) -> AdvantageOperator:
-        """The operators of other segments: ``function`` selects along the first axis."""
-        return AdvantageOperator(*(function(getattr(self, field.name)) for field in fields(self)))
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def permuted(self, order: Tensor) -> AdvantageOperator:
+        """The operators of these segments in another order (int64)."""
+        return AdvantageOperator(*(x[order] for x in self._tensors))
+
+    def split(self, size: int) -> list[AdvantageOperator]:
+        """The operators of consecutive batches of ``size`` segments each."""
+        return [AdvantageOperator(*part) for part in zip(*(x.split(size) for x in self._tensors), strict=True)]
 
     def td(self, values: Tensor) -> Tensor:
         """D V, [B, S] to [B, S]."""

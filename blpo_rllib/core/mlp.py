@@ -210,7 +210,8 @@ class MLPCriticPass(CriticPass):
         return self._unit_cotangents
 
     def vjp(self, cotangent: Tensor) -> Tensor:
-        return self._pass.gradient([cotangent[..., None, :] * g for g in self._g])
+        unused, *g = self._g
+        return self._pass.gradient([unused, *(cotangent[..., None, :] * g_l for g_l in g)])
 
     def jvp(self, tangent: Tensor) -> Tensor:
         total = torch.zeros_like(self.values)

@@ -8,8 +8,8 @@ of a piece that did not terminate, present only so that V of it can enter that s
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -90,16 +90,19 @@ class SegmentLayout:
     continues: np.ndarray
 
 
-def layout_segments(is_step: np.ndarray, terminated: np.ndarray, num_segments: int) -> SegmentLayout:
+def layout_segments(
+    is_step: np.ndarray, terminated: np.ndarray, num_segments: int, width_multiple: int = 1
+) -> SegmentLayout:
     """Lays out a flat batch of episodes, each of which ends in one extra item, as segments.
 
     Args:
         is_step: bool [n], False on the extra item (the observation after the last step) that ends each episode.
         terminated: bool [n], True on steps after which the environment terminated.
         num_segments: M, number of rows to make.
+        width_multiple: S is rounded up to a multiple of this, so that batches of about the same size have one shape.
 
     Returns:
-        The layout with S slots a row, S being the longest row's.
+        The layout with S slots a row, S being at least the longest row's.
     """
     ends = np.flatnonzero(~is_step)
     begins = np.concatenate(([0], ends[:-1] + 1))
@@ -113,7 +116,7 @@ def layout_segments(is_step: np.ndarray, terminated: np.ndarray, num_segments: i
             step.append([True] * piece.length + [False] * bootstrap)
             continues.append([True] * (piece.length - 1) + [False] * (1 + bootstrap))
         rows.append((np.concatenate(slots), np.concatenate(step), np.concatenate(continues)))
-    width = max(len(index) for index, _, _ in rows)
+    width = -(-max(len(index) for index, _, _ in rows) // width_multiple) * width_multiple
     layout = SegmentLayout(
         index=np.zeros((num_segments, width), np.int64),
         step=np.zeros((num_segments, width), bool),
@@ -151,14 +154,20 @@ class SegmentBatch:
     def __len__(self) -> int:
         return len(self.step)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> SegmentBatch:
-        tensors = {f.name: tree.map_structure(function, getattr(self, f.name)) for f in fields(self)[:-1]}
-        return replace(self, **tensors, advantage=self.advantage.map_rows(function))
+    @property
+    def _tensors(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "advantage"}
 
     def permuted(self, order: Tensor) -> SegmentBatch:
         """These segments in another order (int64 [M])."""
-        return self._map(lambda x: x[order])
+        tensors = tree.map_structure(lambda x: x[order], self._tensors)
+        return SegmentBatch(**tensors, advantage=self.advantage.permuted(order))
 
-    def rows(self, start: int, stop: int) -> SegmentBatch:
-        """Segments ``start .. stop - 1``, as views."""
-        return self._map(lambda x: x[start:stop])
+    def split(self, size: int) -> list[SegmentBatch]:
+        """Consecutive batches of ``size`` segments each, as views; ``size`` divides M."""
+        tensors = self._tensors
+        parts = zip(*(x.split(size) for x in tree.flatten(tensors)), strict=True)
+        return [
+            SegmentBatch(**tree.unflatten_as(tensors, part), advantage=advantage)
+            for part, advantage in zip(parts, self.advantage.split(size), strict=True)
+        ]

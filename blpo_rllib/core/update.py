@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,31 @@ from blpo_rllib.core.networks import Coordinates
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentBatch
 
+logger = logging.getLogger(__name__)
+
+
+class Compiled:
+    """A compiled function that goes back to the original, with one warning, if it cannot be compiled.
+
+    Args:
+        function: A function of tensors.
+        compile_: ``torch.compile`` with its options bound.
+    """
+
+    def __init__(self, function: Callable[..., Any], compile_: Callable[..., Any]):
+        self._original, self._function = function, compile_(function)
+
+    def __call__(self, *args: Any) -> Any:
+        if self._function is self._original:
+            return self._original(*args)
+        try:
+            return self._function(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            # Nothing has run yet: compilation comes before execution.
+            logger.warning("torch.compile failed, the update runs uncompiled from here on: %s", error)
+            self._function = self._original
+            return self._original(*args)
+
 
 class BilevelUpdate:
     """Trains two players on batches of segments.
@@ -39,6 +65,7 @@ class BilevelUpdate:
         solver: The inverse-Hessian-vector product; None for nested PPO, which follows g_θ alone.
         generator: Source of the segments' order and of the solver's coordinates.
         reduction: Sums over the processes that share each minibatch.
+        compile_: ``torch.compile`` with its options bound, to compile the minibatch update; None to run it as it is.
     """
 
     def __init__(
@@ -50,6 +77,7 @@ class BilevelUpdate:
         solver: IHVPSolver | None,
         generator: np.random.Generator,
         reduction: Reduction,
+        compile_: Callable[..., Any] | None = None,
     ):
         self._players, self._curvature, self._solver = players, curvature, solver
         self._generator, self._reduction = generator, reduction
@@ -58,6 +86,9 @@ class BilevelUpdate:
             AdamSteps(critic_optimizer, players.critic_parameters),
         )
         self._minibatch_update = MinibatchUpdate(players, *self._adams, curvature, solver, reduction)
+        self._take_minibatch: Callable[..., Any] = self._minibatch_update
+        if compile_ is not None:
+            self._take_minibatch = Compiled(self._minibatch_update, compile_)
         self._drawn: tuple[np.ndarray, Coordinates] | None = None
 
     def run(self, batch: SegmentBatch, num_minibatches: int, settings: UpdateSettings) -> dict[str, float]:
@@ -78,7 +109,7 @@ class BilevelUpdate:
         targets = self._value_targets(batch, size)
         sums = torch.zeros(len(STEP_MEANS + MINIBATCH_MEANS + COUNTS), dtype=targets.dtype, device=targets.device)
         for minibatch in self._minibatches(batch, targets, size, settings.num_epochs):
-            metrics, v, x = self._minibatch_update(minibatch, self._draw_columns(), settings)
+            metrics, v, x = self._take_minibatch(minibatch, self._draw_columns(), settings)
             sums = sums + metrics
         metrics_by_name = self._metrics(sums, settings.num_epochs * num_minibatches)
         if self._solver is not None:
@@ -111,7 +142,7 @@ class BilevelUpdate:
     def _value_targets(self, batch: SegmentBatch, size: int) -> Tensor:
         """GAE + V under the critic at the start of the phase, [M, S]."""
         with torch.no_grad():
-            parts = [batch.rows(i, i + size) for i in range(0, len(batch), size)]
+            parts = batch.split(size)
             values = torch.cat([self._players.critic(slots(part.obs)).values.view_as(part.step) for part in parts])
         return values + batch.advantage.advantages(batch.rewards, values)
 
@@ -119,8 +150,8 @@ class BilevelUpdate:
         for _ in range(num_epochs):
             order = torch.as_tensor(self._generator.permutation(len(batch)), device=targets.device)
             shuffled, shuffled_targets = batch.permuted(order), targets[order]
-            for start in range(0, len(batch), size):
-                yield Minibatch.of(shuffled.rows(start, start + size), shuffled_targets[start : start + size])
+            for segments, part in zip(shuffled.split(size), shuffled_targets.split(size), strict=True):
+                yield Minibatch.of(segments, part)
 
     def _metrics(self, sums: Tensor, num_updates: int) -> dict[str, float]:
         local = self._reduction.sum(sums[: len(STEP_MEANS)])
