@@ -1,4 +1,4 @@
-"""Steps of torch's fused Adam from a flat gradient, skipped on the device where the gradient is not finite."""
+"""Adam on one flat vector of parameters, with steps that are skipped on the device where the gradient is not finite."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blpo_rllib.core.networks import unflatten
+from blpo_rllib.core.networks import flatten, unflatten
 
 
 class AdamSteps:
     """What ``optimizer.step()`` does, without its bookkeeping, which takes several times as long for small networks.
 
-    State and hyperparameters are the optimizer's own, so checkpoints and schedules see nothing of this.
+    Parameters and Adam's moments are laid out as views of one vector each, so that a step is a single kernel. The
+    optimizer stays their owner: its state dict, checkpoints and schedules work as ever.
 
     Args:
         optimizer: torch's Adam with a single parameter group and neither weight decay nor AMSGrad.
@@ -22,30 +23,43 @@ class AdamSteps:
 
     def __init__(self, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]):
         self._optimizer, self._parameters = optimizer, list(parameters)
+        self._lay_out()
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads state and hyperparameters anew: due after a checkpoint was restored or a schedule moved on."""
+        """Reads parameters, state and hyperparameters anew: due after a checkpoint was restored or a schedule moved."""
         group = self._optimizer.param_groups[0]
-        states = [self._optimizer.state[p] or self._initialise(p) for p in self._parameters]
-        self._steps = [state["step"] for state in states]
-        self._first = [state["exp_avg"] for state in states]
-        self._second = [state["exp_avg_sq"] for state in states]
-        # CUDA's kernel reads float32; on CPU float64 keeps the rate exact.
-        device = self._steps[0].device
-        self._lr = torch.as_tensor(
-            group["lr"], dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
-        )
         self._betas, self._epsilon = group["betas"], group["eps"]
+        if not self._is_laid_out():
+            self._lay_out()
+        # CUDA's kernel reads float32; on CPU float64 keeps the rate exact.
+        device = self._step.device
+        self._lr = torch.as_tensor(group["lr"], dtype=torch.float32 if device.type == "cuda" else torch.float64)
+        self._lr = self._lr.to(device)
 
-    def _initialise(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The state as torch's Adam makes it before its first step."""
-        self._optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-        }
-        return self._optimizer.state[parameter]
+    def _is_laid_out(self) -> bool:
+        """Whether parameters and state are still the views that :meth:`_lay_out` made of them."""
+        states = [self._optimizer.state[p] for p in self._parameters]
+        return (
+            all(state.get("step") is self._step for state in states)
+            and _are_views(self._parameters, self._vector)
+            and _are_views([state["exp_avg"] for state in states], self._first)
+            and _are_views([state["exp_avg_sq"] for state in states], self._second)
+        )
+
+    def _lay_out(self) -> None:
+        states = [self._optimizer.state[p] for p in self._parameters]
+        zeros = [torch.zeros_like(p, requires_grad=False) for p in self._parameters]
+        with torch.no_grad():
+            self._vector = flatten(self._parameters)
+            self._first = flatten([s.get("exp_avg", z) for s, z in zip(states, zeros, strict=True)])
+            self._second = flatten([s.get("exp_avg_sq", z) for s, z in zip(states, zeros, strict=True)])
+            step = states[0].get("step", torch.zeros((), device=self._vector.device))
+            self._step = step.detach().clone().to(torch.float32)
+        views = (unflatten(x, self._parameters) for x in (self._vector, self._first, self._second))
+        for parameter, value, first, second in zip(self._parameters, *views, strict=True):
+            parameter.data = value
+            self._optimizer.state[parameter] = {"step": self._step, "exp_avg": first, "exp_avg_sq": second}
 
     def step(self, gradient: Tensor, skip: Tensor) -> None:
         """One step.
@@ -54,22 +68,21 @@ class AdamSteps:
             gradient: Flat gradient [n].
             skip: Scalar float32; 1 leaves parameters and state as they are, 0 makes the step.
         """
-        pieces = unflatten(gradient, self._parameters)
         with torch.no_grad():
-            torch._foreach_add_(self._steps, 1 - skip)
+            self._step += 1 - skip
             if torch.compiler.is_compiling():
-                self._traceable_step(pieces, skip)
+                self._traceable_step(gradient, skip)
             else:
-                self._fused_step(pieces, skip)
+                self._fused_step(gradient, skip)
 
-    def _fused_step(self, gradients: Sequence[Tensor], skip: Tensor) -> None:
+    def _fused_step(self, gradient: Tensor, skip: Tensor) -> None:
         torch._fused_adam_(
-            self._parameters,
-            [_laid_out(x, p) for x, p in zip(gradients, self._parameters, strict=True)],
-            self._first,
-            self._second,
+            [self._vector],
+            [gradient],
+            [self._first],
+            [self._second],
             [],
-            self._steps,
+            [self._step],
             lr=self._lr,
             beta1=self._betas[0],
             beta2=self._betas[1],
@@ -81,24 +94,21 @@ class AdamSteps:
             found_inf=skip,
         )
 
-    def _traceable_step(self, gradients: Sequence[Tensor], skip: Tensor) -> None:
+    def _traceable_step(self, gradient: Tensor, skip: Tensor) -> None:
         """The fused kernel's arithmetic (Kingma & Ba 2015, algorithm 1) in operations that a compiler can fuse."""
         beta1, beta2 = self._betas
-        step = self._steps[0].double().clamp(min=1)
-        rate = (self._lr / (1 - beta1**step)).to(gradients[0].dtype)
-        correction = (1 - beta2**step).sqrt().to(gradients[0].dtype)
+        step = self._step.double().clamp(min=1)
+        rate = (self._lr / (1 - beta1**step)).to(gradient.dtype)
+        correction = (1 - beta2**step).sqrt().to(gradient.dtype)
+        first = self._first + (1 - beta1) * (gradient - self._first)
+        second = beta2 * self._second + (1 - beta2) * gradient * gradient
+        change = rate * first / (second.sqrt() / correction + self._epsilon)
         keep = skip > 0
-        for parameter, gradient, first, second in zip(
-            self._parameters, gradients, self._first, self._second, strict=True
-        ):
-            new_first = first + (1 - beta1) * (gradient - first)
-            new_second = beta2 * second + (1 - beta2) * gradient * gradient
-            change = rate * new_first / (new_second.sqrt() / correction + self._epsilon)
-            parameter.copy_(torch.where(keep, parameter, parameter - change))
-            first.copy_(torch.where(keep, first, new_first))
-            second.copy_(torch.where(keep, second, new_second))
+        self._vector.copy_(torch.where(keep, self._vector, self._vector - change))
+        self._first.copy_(torch.where(keep, self._first, first))
+        self._second.copy_(torch.where(keep, self._second, second))
 
 
-def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient with the parameter's strides: the fused kernel goes through memory, not through indices."""
-    return gradient if parameter.is_contiguous() else torch.empty_like(parameter).copy_(gradient)
+def _are_views(tensors: Sequence[Tensor], vector: Tensor) -> bool:
+    """Whether ``tensors`` are what :func:`unflatten` makes of ``vector``."""
+    return all(x.data_ptr() == y.data_ptr() for x, y in zip(tensors, unflatten(vector, tensors), strict=True))

@@ -231,38 +231,41 @@ class MLPCriticPass(CriticPass):
         return self._pass.hidden(group.layer - 1)[group.inputs].masked_fill(group.is_bias, 1.0)
 
     def second_order_rows(self, columns: Coordinates, first: Tensor, second: Tensor) -> Tensor:
-        rows = self.values.new_empty(len(columns), self.num_parameters)
+        rows = self.vjp(second * self.jacobian_columns(columns))
         for group in columns.groups:
-            rows[group.rows] = self._group_rows(group, first, second)
+            rows[group.rows] += self._second_derivative_rows(group, first)
         return rows
 
-    def _group_rows(self, group: UnitGroup, first: Tensor, second: Tensor) -> Tensor:
-        """Rows [m, p] for parameters of one layer: per layer, the change of u ⊙ G_l h_{l-1}ᵀ plus that of u itself."""
+    def _second_derivative_rows(self, group: UnitGroup, first: Tensor) -> Tensor:
+        """Rows of Σ_t u_t ∇²V_t for parameters of one layer: the change of u ⊙ G_l h_{l-1}ᵀ, layer by layer, [m, p]."""
         critic, layer = self._pass, group.layer
         drive = self._drive(group)
         tangents = self._tangents_above(group, drive)
-        # s = a ⊙ (J e): how the cotangent u changes with the parameter, where it depends on V.
-        change = second * self._g[layer][group.units] * drive
         bent = self._bent(group, first, drive, tangents)
         pieces = []
         for at in range(1, critic.depth + 1):
-            cotangent = change[:, None] * self._g[at]
-            extra = bent[at]
-            if isinstance(extra, Sparse):
-                cotangent[group.batch, extra.units] += extra.values
-            elif extra is not None:
-                cotangent += extra
-            weight, bias = critic.layer_gradient(at, cotangent)
+            weight, bias = self._gradient_of(bent[at], at, len(drive))
             if at - 1 > layer:
                 moved = tangents[at - 1] * critic.slope(at - 1)
-                weight += ((first * self._g[at]) @ moved.transpose(-1, -2)).flatten(1)
+                weight = weight + (first * self._g[at]) @ moved.transpose(-1, -2)
             elif at - 1 == layer:
                 moved = critic.slope(layer)[group.units] * drive
-                weight.view(len(drive), *critic.weight(at).shape)[group.batch, :, group.units] += (
-                    moved @ (first * self._g[at]).T
-                )
-            pieces += [weight, bias]
+                weight[group.batch, :, group.units] += moved @ (first * self._g[at]).T
+            pieces += [weight.flatten(1), bias]
         return torch.cat(pieces, -1)
+
+    def _gradient_of(self, cotangent: Tensor | Sparse | None, layer: int, count: int) -> tuple[Tensor, Tensor]:
+        """The gradients in W_l [m, d_l, d_{l-1}] and b_l [m, d_l] that belong to a change of g_l."""
+        shape = count, *self._pass.weight(layer).shape
+        if isinstance(cotangent, Tensor):
+            weight, bias = self._pass.layer_gradient(layer, cotangent)
+            return weight.view(shape), bias
+        weight, bias = self.values.new_zeros(shape), self.values.new_zeros(shape[:2])
+        if cotangent is not None:
+            batch = torch.arange(count, device=bias.device)
+            weight[batch, cotangent.units] = cotangent.values @ self._pass.hidden(layer - 1).T
+            bias[batch, cotangent.units] = cotangent.values.sum(-1)
+        return weight, bias
 
     def _tangents_above(self, group: UnitGroup, drive: Tensor) -> dict[int, Tensor]:
         """Tangents of z [m, d, n] in the hidden layers above that of the group."""
