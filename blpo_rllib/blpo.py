@@ -15,7 +15,7 @@ from ray.rllib.utils.annotations import override
 from ray.rllib.utils.schedules.scheduler import Scheduler
 from ray.rllib.utils.typing import LearningRateOrSchedule
 
-from blpo_rllib.core.curvature import CURVATURES
+from blpo_rllib.core.curvature import CURVATURES, Curvature
 from blpo_rllib.core.ihvp import ConjugateGradient, Exact, IHVPSolver, Nystrom
 from blpo_rllib.players import RLModulePlayers, check_module_class
 from blpo_rllib.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
@@ -82,7 +82,7 @@ class BLPOConfig(PPOConfig):
         self.segment_length: int | None = None
         self.normalize_rewards = False
         self.hypergradient: str | IHVPSolver = "nystrom"
-        self.curvature = "hessian"
+        self.curvature: str | type[Curvature] = "hessian"
         self.hypergradient_bound: float | None = 1.0
         self.cross_clip_param: float | None = 1.0
         self.nystrom_rank = 5
@@ -104,7 +104,7 @@ class BLPOConfig(PPOConfig):
         segment_length: int | None = NotProvided,
         normalize_rewards: bool = NotProvided,
         hypergradient: str | IHVPSolver = NotProvided,
-        curvature: str = NotProvided,
+        curvature: str | type[Curvature] = NotProvided,
         hypergradient_bound: float | None = NotProvided,
         cross_clip_param: float | None = NotProvided,
         nystrom_rank: int = NotProvided,
@@ -131,7 +131,8 @@ class BLPOConfig(PPOConfig):
             hypergradient: How the inverse-Hessian-vector product is computed: "nystrom", "cg", "exact" (dense, small
                 critics only), or an :class:`~blpo_rllib.core.ihvp.IHVPSolver`. "none" leaves the correction out:
                 nested PPO.
-            curvature: The follower's curvature: "hessian" or "gauss_newton" (positive semi-definite).
+            curvature: The follower's curvature: "hessian", "gauss_newton" (positive semi-definite), or a
+                :class:`~blpo_rllib.core.curvature.Curvature` class.
             hypergradient_bound: b >= 0: the correction is scaled down to at most b times the norm of the actor's
                 gradient. None: no bound.
             cross_clip_param: ε_F >= 0, the clip width of the ratio inside the cross term, for Box actions. None: no
@@ -175,6 +176,19 @@ class BLPOConfig(PPOConfig):
     def get_segment_length(self) -> int:
         """Steps per segment, with None resolved to the rollout fragment."""
         return self.segment_length or self.get_rollout_fragment_length()
+
+    def get_curvature(self) -> type[Curvature]:
+        """The class that ``curvature`` names or is.
+
+        Raises:
+            ValueError: If it is neither a known name nor a Curvature class.
+        """
+        if isinstance(self.curvature, type) and issubclass(self.curvature, Curvature):
+            return self.curvature
+        if self.curvature not in CURVATURES:
+            names = ", ".join(map(repr, CURVATURES))
+            raise ValueError(f"curvature={self.curvature!r} must be one of {names}, or a Curvature class")
+        return CURVATURES[self.curvature]
 
     def get_ihvp_solver(self) -> IHVPSolver | None:
         """The solver that ``hypergradient`` names or is; None for nested PPO.
@@ -221,12 +235,11 @@ class BLPOConfig(PPOConfig):
                 "hypergradient_bound=0 computes the correction and throws it away: "
                 'use hypergradient="none" for nested PPO'
             )
-        if self.curvature not in CURVATURES:
-            self._value_error(f"curvature={self.curvature!r} must be one of {', '.join(map(repr, CURVATURES))}")
 
     def _validate_solver(self) -> None:
         try:
             self.get_ihvp_solver()
+            self.get_curvature()
         except ValueError as error:
             self._value_error(str(error))
 

@@ -24,10 +24,9 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch
 from ray.rllib.utils.annotations import override
 
 from blpo_rllib.connectors import SEGMENT_CONTINUES, SEGMENT_STEP, PackSegments, RewardScale
-from blpo_rllib.core.curvature import CURVATURES
 from blpo_rllib.core.gae import AdvantageOperator
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss
-from blpo_rllib.core.minibatch import UpdateSettings
+from blpo_rllib.core.minibatch import COUNTS, UpdateSettings
 from blpo_rllib.core.reduction import AllReduce, Reduction
 from blpo_rllib.core.segments import SegmentBatch
 from blpo_rllib.core.update import BilevelUpdate
@@ -102,7 +101,7 @@ class BLPOTorchLearner(PPOTorchLearner):
             players,
             optimizers[ACTOR_OPTIMIZER],
             optimizers[CRITIC_OPTIMIZER],
-            CURVATURES[config.curvature],
+            config.get_curvature(),
             solver,
             # The same on all learners, so that they draw the same coordinates; different for each module.
             np.random.default_rng([config.seed or 0, zlib.crc32(module_id.encode())]),
@@ -175,8 +174,10 @@ class BLPOTorchLearner(PPOTorchLearner):
             segments = self._segment_batch(module_id, module_batch, config)
             num_minibatches = min(len(segments), self._num_minibatches(int(segments.step.sum())))
             metrics = self._bilevel_updates[module_id].run(segments, num_minibatches, self._settings(module_id, config))
-            if metrics["skipped_actor_updates"] or metrics["hypergradient_fallbacks"]:
-                logger.warning("module %r met non-finite numbers in this update: %s", module_id, metrics)
+            if any(metrics[name] for name in COUNTS):
+                logger.warning(
+                    "module %r met non-finite numbers in this update, which were left out: %s", module_id, metrics
+                )
             if not config.use_kl_loss:
                 del metrics["mean_kl_loss"]
             self.metrics.log_dict(metrics, key=module_id, window=1)

@@ -1,5 +1,7 @@
 """BLPO as an RLlib algorithm: spaces, multi-agent, remote workers, evaluation, callbacks, checkpoints."""
 
+import copy
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from ray.rllib.connectors.env_to_module import FlattenObservations, MeanStdFilte
 from ray.rllib.examples.envs.classes.multi_agent import MultiAgentCartPole
 from ray.rllib.examples.envs.classes.random_env import RandomEnv
 from ray.rllib.utils.filter import RunningStat
+from test_learner import assert_equal
 
 from blpo_rllib import BLPO, BLPOConfig
 
@@ -186,3 +189,25 @@ def test_several_learners_stay_in_step():
         np.testing.assert_array_equal(value, states[1][name])
     assert results["learners"]["default_policy"]["mixed_norm"] > 0
     algo.stop()
+
+
+def test_restored_algorithm_makes_the_same_next_update_bit_for_bit(tmp_path):
+    algo = config().training(normalize_rewards=True).build_algo()
+    for _ in range(2):
+        algo.train()
+    algo.save_to_path(tmp_path)
+    restored = BLPO.from_checkpoint(str(tmp_path))
+    episodes = algo.env_runner.sample(num_timesteps=64)
+    states = []
+    for each in (algo, restored):
+        each.learner_group.update(
+            episodes=copy.deepcopy(episodes),
+            timesteps={},
+            num_epochs=2,
+            minibatch_size=32,
+            shuffle_batch_per_epoch=True,
+        )
+        states.append(each.learner_group.get_state()["learner"])
+        each.stop()
+    for component in ("rl_module", "optimizer", "bilevel", "learner_connector"):
+        assert_equal(*(state[component] for state in states))

@@ -10,6 +10,7 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.tune.registry import get_trainable_cls
 
 from blpo_rllib import BLPO, BLPOConfig
+from blpo_rllib.core.curvature import GaussNewton
 from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom
 from blpo_rllib.learner import BLPOTorchLearner
 
@@ -49,6 +50,8 @@ def test_training_sets_its_own_fields_and_passes_the_others_on():
     assert (c.num_critic_updates, c.cg_damping, c.gamma, c.num_epochs) == (7, 0.5, 0.9, 2)
     assert isinstance(c.get_ihvp_solver(), ConjugateGradient)
     assert c.actor_lr == 3e-4
+    assert config().training(curvature="gauss_newton").get_curvature() is GaussNewton
+    assert config().training(curvature=GaussNewton).get_curvature() is GaussNewton
     solver = Exact(2.0)
     assert config().training(hypergradient=solver).get_ihvp_solver() is solver
     assert config().training(hypergradient="none").get_ihvp_solver() is None

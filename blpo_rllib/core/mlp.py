@@ -90,12 +90,10 @@ class MLP:
     def of(cls, modules: Sequence[nn.Module]) -> MLP | None:
         """The perceptron that applying ``modules`` in turn amounts to, or None if it is not one."""
         leaves = [leaf for module in modules for leaf in module.modules() if not list(leaf.children())]
-        layers, activations = leaves[::2], [ACTIVATIONS.get(type(leaf)) for leaf in leaves[1::2]]
-        if len(layers) != len(activations) + 1 or None in activations:
-            return None
-        if not all(type(layer) is nn.Linear and layer.bias is not None for layer in layers):
-            return None
-        return cls(layers, activations)  # type: ignore[arg-type]
+        layers = [leaf for leaf in leaves[::2] if type(leaf) is nn.Linear and leaf.bias is not None]
+        activations = [ACTIVATIONS[type(leaf)] for leaf in leaves[1::2] if type(leaf) in ACTIVATIONS]
+        alternate = len(layers) + len(activations) == len(leaves) and len(layers) == len(activations) + 1
+        return cls(layers, activations) if alternate else None
 
     def columns(self, indices: np.ndarray) -> Coordinates:
         """The parameters at ``indices`` (int64 [k]) of the flat vector, found layer by layer, on the host."""
@@ -168,9 +166,9 @@ class MLPPass:
         bend = self._activations[layer - 1].bend
         return None if bend is None else bend(self._hidden[layer]) * cotangent
 
-    def cotangents(self, output: Tensor) -> list[Tensor]:
-        """g_1 ... g_L (at index 1 ... L) for the output cotangent g_L [d_L, n]."""
-        cotangents = [output] * (self.depth + 1)
+    def cotangents(self, output: Tensor) -> dict[int, Tensor]:
+        """g_l by layer l, for the output cotangent g_L [d_L, n]."""
+        cotangents = {self.depth: output}
         for layer in range(self.depth, 1, -1):
             weight = self.weight(layer)
             back = weight.T * cotangents[layer] if len(weight) == 1 else weight.T @ cotangents[layer]
@@ -182,8 +180,8 @@ class MLPPass:
         product = cotangent.reshape(-1, cotangent.shape[-1]) @ self.hidden(layer - 1).T
         return product.view(*cotangent.shape[:-2], -1), cotangent.sum(-1)
 
-    def gradient(self, cotangents: list[Tensor]) -> Tensor:
-        """[..., p]: the gradients of all layers."""
+    def gradient(self, cotangents: dict[int, Tensor]) -> Tensor:
+        """The gradients of all layers, [..., p], for g_l [..., d_l, n] by layer l."""
         pieces = [self.layer_gradient(layer, cotangents[layer]) for layer in range(1, self.depth + 1)]
         return torch.cat([piece for pair in pieces for piece in pair], -1)
 
@@ -200,18 +198,17 @@ class MLPCriticPass(CriticPass):
         self._mlp, self._pass = mlp, mlp.forward(obs)
         self.values = self._pass.output[0]
         self.num_parameters = self._pass.num_parameters
-        self._unit_cotangents: list[Tensor] | None = None
+        self._unit_cotangents: dict[int, Tensor] | None = None
 
     @property
-    def _g(self) -> list[Tensor]:
-        """G_1 ... G_L, at index 1 ... L."""
+    def _g(self) -> dict[int, Tensor]:
+        """G_l by layer l."""
         if self._unit_cotangents is None:
             self._unit_cotangents = self._pass.cotangents(torch.ones_like(self._pass.output))
         return self._unit_cotangents
 
     def vjp(self, cotangent: Tensor) -> Tensor:
-        unused, *g = self._g
-        return self._pass.gradient([unused, *(cotangent[..., None, :] * g_l for g_l in g)])
+        return self._pass.gradient({layer: cotangent[..., None, :] * g for layer, g in self._g.items()})
 
     def jvp(self, tangent: Tensor) -> Tensor:
         total = torch.zeros_like(self.values)
