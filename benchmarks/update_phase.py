@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 
 import gymnasium as gym
 import numpy as np
@@ -27,6 +25,7 @@ from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from blpo_rllib import BLPOConfig
+from blpo_rllib.provenance import provenance
 from blpo_rllib.rl_module import REFERENCE_MODEL_CONFIG
 
 
@@ -183,11 +182,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "date": datetime.now(UTC).date().isoformat(),
-                "machine": f"{platform.machine()}, {platform.processor() or 'unknown processor'}",
-                "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
-                "torch": torch.__version__,
-                "threads": args.threads,
+                **provenance(),
                 "rank": args.rank,
                 "shapes": {name: str(asdict(SHAPES[name])) for name in args.shapes},
                 "results": results,

@@ -8,14 +8,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import platform
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
     EPISODE_RETURN_MEAN,
@@ -25,6 +22,8 @@ from ray.rllib.utils.metrics import (
 )
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from blpo_rllib.provenance import provenance
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -138,12 +137,7 @@ def main() -> None:
         run["bins_of_25k"] = {str(end): round(value, 1) for end, value in binned_returns(run["rows"]).items()}
     results, curve = folder / "results.json", folder / "learning_curve.png"
     plot(runs, args.example, curve)
-    header = {
-        "example": args.example,
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-    }
+    header = {"example": args.example, **provenance()}
     kept = [{**run, "rows": columns(run["rows"])} for run in runs]
     results.write_text(json.dumps(header | {"runs": kept}))
     for run in runs:
