@@ -172,7 +172,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch's intra-op threads")
     parser.add_argument("--rounds", type=int, default=7, help="timed update phases per learner")
     parser.add_argument("--warmup", type=int, default=1, help="untimed update phases per learner after the first")
-    parser.add_argument("--compiled", action="store_true", help="also time BLPO with torch_compile_learner=True")
+    parser.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also time BLPO with torch_compile_learner=True",
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = {

@@ -11,10 +11,12 @@ from blpo_rllib.core.gae import AdvantageOperator
 from blpo_rllib.core.hypergradient import (
     Correction,
     LeaderLoss,
+    Surrogate,
     bound_scale,
     hypergradient,
     leader_critic_gradient,
     leader_gradient,
+    log_probability_ratio,
     mixed_product,
 )
 from blpo_rllib.core.ihvp import Exact, Nystrom
@@ -100,8 +102,8 @@ def test_mixed_product_is_the_derivative_of_the_cross_gradient(problem, clip):
     players, batch, loss = problem
     adv = batch.advantage.advantages(batch.rewards, loss.critic.values.view_as(batch.step))
     actor, x = actor_of(players, batch), torch.randn(loss.critic.num_parameters, dtype=FLOAT64)
-    ratio = torch.where(batch.step > 0, actor.logp.view_as(batch.step) - batch.old_logp, 0.0).exp()
-    product = mixed_product(actor, loss, batch, adv, ratio, x, clip, NONE)
+    surrogate = Surrogate.clipped(log_probability_ratio(batch, actor.logp), adv, LEADER.clip)
+    product = mixed_product(actor, loss, batch, adv, surrogate, x, clip, NONE)
     w, theta = vectors(players)
 
     def cross_gradient(w):

@@ -28,26 +28,29 @@ class Surrogate:
     """PPO's clipped objective s = min(r·adv, clip(r, 1 ± ε)·adv) per step (Schulman et al. 2017, eq. 7).
 
     Attributes:
+        log_ratio: log r.
         ratio: r = π(a|s) / π_old(a|s).
         slope: ∂s/∂adv: r or clip(r), whichever branch the minimum takes.
         active: 1 where s depends on r, else 0.
     """
 
+    log_ratio: Tensor
     ratio: Tensor
     slope: Tensor
     active: Tensor
 
     @classmethod
-    def clipped(cls, ratio: Tensor, adv: Tensor, clip: float) -> Surrogate:
+    def clipped(cls, log_ratio: Tensor, adv: Tensor, clip: float) -> Surrogate:
         """With clip width ε = ``clip`` >= 0."""
-        clipped = ratio.clamp(1 - clip, 1 + clip)
-        active = ratio * adv <= clipped * adv
-        return cls(ratio, torch.where(active, ratio, clipped), active.to(ratio.dtype))
+        ratio = log_ratio.exp()
+        return cls(log_ratio, ratio, ratio, ratio).with_clip(adv, clip)
 
-    @classmethod
-    def unclipped(cls, ratio: Tensor) -> Surrogate:
-        """s = r·adv."""
-        return cls(ratio, ratio, torch.ones_like(ratio))
+    def with_clip(self, adv: Tensor, clip: float) -> Surrogate:
+        """The same ratios under another clip width."""
+        clipped = self.ratio.clamp(1 - clip, 1 + clip)
+        active = self.ratio * adv <= clipped * adv
+        slope = torch.where(active, self.ratio, clipped)
+        return Surrogate(self.log_ratio, self.ratio, slope, active.to(self.ratio.dtype))
 
 
 @dataclass(frozen=True)
@@ -108,16 +111,16 @@ def step_weights(batch: SegmentBatch, reduction: Reduction) -> Tensor:
     return batch.step / reduction.sum(batch.step.sum())
 
 
-def probability_ratio(batch: SegmentBatch, logp: Tensor) -> Tensor:
-    """r [B, S]; 1 outside steps, where the log-probabilities mean nothing."""
-    return (logp.view_as(batch.step) - batch.old_logp).masked_fill(batch.step == 0, 0.0).exp()
+def log_probability_ratio(batch: SegmentBatch, logp: Tensor) -> Tensor:
+    """log r [B, S]; 0 outside steps, where the log-probabilities mean nothing."""
+    return (logp.view_as(batch.step) - batch.old_logp).masked_fill(batch.step == 0, 0.0)
 
 
 def leader_gradient(
     actor: ActorPass, batch: SegmentBatch, adv: Tensor, weights: Tensor, leader: LeaderLoss, reduction: Reduction
 ) -> tuple[Surrogate, Tensor]:
     """The surrogate and g_θ = ∇_θ J."""
-    surrogate = Surrogate.clipped(probability_ratio(batch, actor.logp), adv, leader.clip)
+    surrogate = Surrogate.clipped(log_probability_ratio(batch, actor.logp), adv, leader.clip)
     m = weights.flatten()
     gradient = actor.gradient(
         logp=(-weights * surrogate.ratio * surrogate.active * adv).flatten(),
@@ -140,7 +143,7 @@ def mixed_product(
     loss: CriticLoss,
     batch: SegmentBatch,
     adv: Tensor,
-    ratio: Tensor,
+    surrogate: Surrogate,
     ihvp: Tensor,
     cross_clip: float | None,
     reduction: Reduction,
@@ -149,12 +152,14 @@ def mixed_product(
 
     S estimates the dependence of the critic's loss on θ by a score-function trick; it is a sum over t, not a mean.
     """
-    cross = Surrogate.unclipped(ratio) if cross_clip is None else Surrogate.clipped(ratio, adv, cross_clip)
+    score = -2 * batch.step * surrogate.ratio
+    if cross_clip is not None:
+        score = score * surrogate.with_clip(adv, cross_clip).active
     delta_values = loss.critic.jvp(ihvp).view_as(adv)
     delta_adv = batch.advantage.accumulate(batch.advantage.td(delta_values))
     residual = (loss.targets - loss.critic.values).view_as(adv)
     slope = delta_adv * residual - adv * delta_values
-    return reduction.sum(actor.gradient((-2 * batch.step * ratio * cross.active * slope).flatten()))
+    return reduction.sum(actor.gradient((score * slope).flatten()))
 
 
 def bound_scale(mixed: Tensor, gradient: Tensor, bound: float | None) -> Tensor:
@@ -192,7 +197,7 @@ def hypergradient(
     surrogate, grad_actor = leader_gradient(actor, batch, adv, weights, leader, reduction)
     grad_critic = leader_critic_gradient(loss, batch, surrogate, weights, reduction)
     ihvp = solve(grad_critic)
-    product = mixed_product(actor, loss, batch, adv, surrogate.ratio, ihvp, correction.cross_clip, reduction)
+    product = mixed_product(actor, loss, batch, adv, surrogate, ihvp, correction.cross_clip, reduction)
     scale = bound_scale(product, grad_actor, correction.bound)
     # nan_to_num: 0 · ∞ is not 0.
     direction = torch.addcmul(grad_actor, scale, product.nan_to_num(0.0, 0.0, 0.0), value=-1)

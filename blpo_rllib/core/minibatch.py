@@ -185,7 +185,7 @@ class MinibatchUpdate:
         for _ in range(settings.num_critic_updates):
             loss = self.critic_loss(batch, weights)
             first = loss.value if first is None else first
-            gradient = self._reduction.sum(loss.critic.vjp(loss.cotangent))
+            gradient = self._reduction.sum(loss.critic.gradient(loss.cotangent))
             skips = skips + self._step(self._critic_adam, gradient, settings)
         assert first is not None
         return first, skips
@@ -233,7 +233,7 @@ def _step_means(
     clip: float,
 ) -> Tensor:
     """The values of :data:`STEP_MEANS`."""
-    ratio = result.surrogate.ratio.flatten()
+    ratio, log_ratio = result.surrogate.ratio.flatten(), result.surrogate.log_ratio.flatten()
     residual = loss.targets - loss.critic.values
     per_step = torch.stack(
         [
@@ -241,7 +241,7 @@ def _step_means(
             residual.square(),
             actor.entropy,
             torch.zeros_like(ratio) if actor.kl is None else actor.kl,
-            ratio - 1 - ratio.log(),
+            ratio - 1 - log_ratio,
             ((ratio - 1).abs() > clip).to(ratio.dtype),
             loss.targets,
             loss.targets.square(),

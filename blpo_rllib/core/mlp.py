@@ -177,8 +177,16 @@ class MLPPass:
 
     def layer_gradient(self, layer: int, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """g_l h_{l-1}ᵀ and Σ g_l for g_l [..., d_l, n]: the gradients in W_l and b_l, each flat [..., d]."""
-        product = cotangent.reshape(-1, cotangent.shape[-1]) @ self.hidden(layer - 1).T
-        return product.view(*cotangent.shape[:-2], -1), cotangent.sum(-1)
+        if cotangent.dim() == 2:
+            return (cotangent @ self.hidden(layer - 1).T).flatten(), cotangent.sum(-1)
+        # Many at once: both in one product, with a row of ones under h.
+        product = cotangent.flatten(0, -2) @ self._hidden_and_ones(layer - 1).T
+        product = product.view(*cotangent.shape[:-1], -1)
+        return product[..., :-1].flatten(-2), product[..., -1]
+
+    def _hidden_and_ones(self, layer: int) -> Tensor:
+        hidden = self.hidden(layer)
+        return torch.cat([hidden, hidden.new_ones(1, hidden.shape[1])])
 
     def gradient(self, cotangents: dict[int, Tensor]) -> Tensor:
         """The gradients of all layers, [..., p], for g_l [..., d_l, n] by layer l."""
@@ -206,6 +214,9 @@ class MLPCriticPass(CriticPass):
         if self._unit_cotangents is None:
             self._unit_cotangents = self._pass.cotangents(torch.ones_like(self._pass.output))
         return self._unit_cotangents
+
+    def gradient(self, cotangent: Tensor) -> Tensor:
+        return self._pass.gradient(self._pass.cotangents(cotangent[None]))
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         return self._pass.gradient({layer: cotangent[..., None, :] * g for layer, g in self._g.items()})

@@ -66,6 +66,10 @@ class CriticPass(ABC):
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Jᵀ u, [n] to [p]; or one product a row, [k, n] to [k, p]."""
 
+    def gradient(self, cotangent: Tensor) -> Tensor:
+        """Jᵀ u, [n] to [p], where nothing else is asked of this pass, as in a nested step."""
+        return self.vjp(cotangent)
+
     @abstractmethod
     def jvp(self, tangent: Tensor) -> Tensor:
         """J x, [p] to [n]."""
