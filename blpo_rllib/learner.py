@@ -114,12 +114,15 @@ class BLPOTorchLearner(PPOTorchLearner):
         """RLlib's own switch and options for compiling the learner, applied to the minibatch update."""
         if not self.config.torch_compile_learner:
             return None
+        backend, mode = (
+            self.config.torch_compile_learner_dynamo_backend,
+            self.config.torch_compile_learner_dynamo_mode,
+        )
+        # Compiled CPU kernels bring a second OpenMP pool, which would fight with torch's own over the cores; they are
+        # small and the matrix products between them stay multi-threaded.
+        options = {"cpp.threads": 1} if backend == "inductor" and mode is None else None
         return functools.partial(
-            torch.compile,
-            backend=self.config.torch_compile_learner_dynamo_backend,
-            mode=self.config.torch_compile_learner_dynamo_mode,
-            dynamic=False,
-            fullgraph=True,
+            torch.compile, backend=backend, mode=mode, options=options, dynamic=False, fullgraph=True
         )
 
     def _is_never_trained(self, module_id: str) -> bool:
