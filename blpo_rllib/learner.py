@@ -88,7 +88,7 @@ class BLPOTorchLearner(PPOTorchLearner):
             (ACTOR_OPTIMIZER, players.actor_parameters, config.actor_lr),
             (CRITIC_OPTIMIZER, players.critic_parameters, config.critic_lr),
         ):
-            # fused: one kernel for all parameters, and `found_inf`, by which a bad step is skipped on the device.
+            # The update steps it through AdamSteps; fused, so that the state it keeps is that of the kernel used there.
             optimizers[name] = torch.optim.Adam(parameters, eps=config.adam_epsilon, fused=True)
             self.register_optimizer(
                 module_id=module_id,

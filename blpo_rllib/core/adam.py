@@ -34,8 +34,8 @@ class AdamSteps:
             self._lay_out()
         # CUDA's kernel reads float32; on CPU float64 keeps the rate exact.
         device = self._step.device
-        self._lr = torch.as_tensor(group["lr"], dtype=torch.float32 if device.type == "cuda" else torch.float64)
-        self._lr = self._lr.to(device)
+        dtype = torch.float32 if device.type == "cuda" else torch.float64
+        self._lr = torch.as_tensor(group["lr"], dtype=dtype, device=device)
 
     def _is_laid_out(self) -> bool:
         """Whether parameters and state are still the views that :meth:`_lay_out` made of them."""
