@@ -92,6 +92,7 @@ class BLPOConfig(PPOConfig):
         self.cg_iterations = 20
         self.cg_damping = 0.0
         self.exact_damping = 50.0
+        self.native_kernels = True
 
     @override(PPOConfig)
     def training(
@@ -114,6 +115,7 @@ class BLPOConfig(PPOConfig):
         cg_iterations: int = NotProvided,
         cg_damping: float = NotProvided,
         exact_damping: float = NotProvided,
+        native_kernels: bool = NotProvided,
         **kwargs: Any,
     ) -> Self:
         """Sets the training related configuration.
@@ -144,6 +146,8 @@ class BLPOConfig(PPOConfig):
             cg_iterations: Conjugate-gradient steps, >= 1.
             cg_damping: ρ >= 0 of the conjugate-gradient solver.
             exact_damping: ρ >= 0 of the exact solver.
+            native_kernels: Take perceptrons on a CPU through compiled kernels, built once per machine with g++ (without
+                one: a warning, and torch operations instead). They give way to ``torch_compile_learner``.
             **kwargs: PPO's and RLlib's own arguments. ``minibatch_size`` counts steps and should be a multiple of the
                 segment length; ``lr``, ``vf_clip_param``, ``vf_loss_coeff``, ``use_critic`` and ``use_gae`` have no
                 meaning here and are refused by :meth:`validate`.

@@ -24,9 +24,11 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch
 from ray.rllib.utils.annotations import override
 
 from blpo_rllib.connectors import SEGMENT_CONTINUES, SEGMENT_STEP, PackSegments, RewardScale
+from blpo_rllib.core import native
 from blpo_rllib.core.gae import AdvantageOperator
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss
 from blpo_rllib.core.minibatch import COUNTS, UpdateSettings
+from blpo_rllib.core.native import Kernels
 from blpo_rllib.core.reduction import AllReduce, Reduction
 from blpo_rllib.core.segments import SegmentBatch
 from blpo_rllib.core.update import BilevelUpdate
@@ -79,7 +81,7 @@ class BLPOTorchLearner(PPOTorchLearner):
         module = self._module[module_id].unwrapped()
         if not isinstance(module, ValueFunctionAPI) and self._is_never_trained(module_id):
             return
-        players = RLModulePlayers(module, module_id)
+        players = RLModulePlayers(module, module_id, kernels=self._kernels)
         solver = copy.deepcopy(config.get_ihvp_solver())
         if solver is not None:
             solver.check_size(sum(p.numel() for p in players.critic_parameters))
@@ -108,6 +110,12 @@ class BLPOTorchLearner(PPOTorchLearner):
             self._reduction,
             self._compile,
         )
+
+    @property
+    def _kernels(self) -> Kernels | None:
+        """The CPU kernels; a compiler traces torch operations, so that they stay out of a compiled update."""
+        wanted = self.config.native_kernels and not self.config.torch_compile_learner
+        return native.load() if wanted and self._device.type == "cpu" else None
 
     @property
     def _compile(self) -> Callable[..., Any] | None:

@@ -18,7 +18,9 @@ from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from torch import Tensor
 
 from blpo_rllib.core.minibatch import Players
-from blpo_rllib.core.mlp import MLP, MLPActorPass, MLPCriticPass
+from blpo_rllib.core.mlp import MLP, MLPActorPass
+from blpo_rllib.core.mlp_native import critic_pass, forward_pass
+from blpo_rllib.core.native import Kernels
 from blpo_rllib.core.networks import ActorPass, AutogradActorPass, AutogradCriticPass, Coordinates, CriticPass
 from blpo_rllib.core.policy_heads import AutogradTerms, CategoricalTerms, GaussianTerms, PolicyHead
 from blpo_rllib.rl_module import BLPOTorchRLModule
@@ -33,19 +35,20 @@ class RLModulePlayers(Players):
         module: A torch RLModule with a value function and nothing shared between it and the policy.
         module_id: Its name, for error messages.
         by_hand: Take derivatives by hand where a player is a perceptron; otherwise automatically.
+        kernels: Compiled functions for that, used where they apply (CPU, float32 or float64).
 
     Raises:
         ValueError: If the module is recurrent, lacks a value function, or shares parameters between the players.
     """
 
-    def __init__(self, module: Any, module_id: str, by_hand: bool = True):
+    def __init__(self, module: Any, module_id: str, by_hand: bool = True, kernels: Kernels | None = None):
         check_module_class(type(module), module_id)
         if module.is_stateful():
             raise ValueError(
                 f"module {module_id!r} ({type(module).__name__}) is recurrent, which BLPO does not support: its "
                 "segments hold several episodes. Use a feed-forward module (use_lstm=False), e.g. on stacked frames"
             )
-        self._module = module
+        self._module, self._kernels = module, kernels
         self._distribution = module.get_train_action_dist_cls()
         self._old_distribution = module.get_exploration_action_dist_cls()
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -91,7 +94,7 @@ class RLModulePlayers(Players):
 
     def critic(self, obs: Any) -> CriticPass:
         if self._critic_mlp is not None:
-            return MLPCriticPass(self._critic_mlp, obs)
+            return critic_pass(self._critic_mlp, obs, self._kernels)
         return AutogradCriticPass(self._module.compute_values({Columns.OBS: obs}), self.critic_parameters)
 
     def actor(self, obs: Any, actions: Any, old_dist_inputs: Tensor | None) -> ActorPass:
@@ -100,7 +103,7 @@ class RLModulePlayers(Players):
             terms = self._terms(inputs, actions, old_dist_inputs)
             return AutogradActorPass(*terms, self.actor_parameters)
         head = self._policy_head(actions, old_dist_inputs)
-        return MLPActorPass(self._actor_mlp, self._log_std, obs, head)
+        return MLPActorPass(forward_pass(self._actor_mlp, obs, self._kernels), self._log_std, head)
 
     def _policy_head(self, actions: Any, old_dist_inputs: Tensor | None) -> PolicyHead:
         """In closed form for the usual distributions, unless the KL divergence is asked for too."""

@@ -50,7 +50,8 @@ class SmallPlayers(Players):
 
     def critic(self, obs):
         if self.by_hand:
-            return MLPCriticPass(MLP.of([self.critic_network]), obs)
+            mlp = MLP.of([self.critic_network])
+            return MLPCriticPass(mlp, mlp.forward(obs))
         return AutogradCriticPass(self.critic_network(obs)[:, 0], self.critic_parameters)
 
     def actor(self, obs, actions, old_dist_inputs) -> ActorPass:
@@ -60,7 +61,7 @@ class SmallPlayers(Players):
             head = lambda outputs, log_std: AutogradTerms(terms, outputs, log_std)
             if old_dist_inputs is None:
                 head = lambda outputs, log_std: GaussianTerms.at(actions, clip, outputs, log_std)
-            return MLPActorPass(MLP.of([self.actor_network]), self.log_std, obs, head)
+            return MLPActorPass(MLP.of([self.actor_network]).forward(obs), self.log_std, head)
         terms = gaussian_terms(self.actor_network(obs), self.log_std, actions, old_dist_inputs)
         return AutogradActorPass(*terms, self.actor_parameters)
 

@@ -95,10 +95,20 @@ class MLP:
         alternate = len(layers) + len(activations) == len(leaves) and len(layers) == len(activations) + 1
         return cls(layers, activations) if alternate else None
 
+    @property
+    def sizes(self) -> list[int]:
+        """d_0 ... d_L."""
+        return [self.layers[0].in_features, *(layer.out_features for layer in self.layers)]
+
     def columns(self, indices: np.ndarray) -> Coordinates:
         """The parameters at ``indices`` (int64 [k]) of the flat vector, found layer by layer, on the host."""
         index = torch.as_tensor(indices, device=self.layers[0].weight.device)
-        return Coordinates(index, self._locate(indices))
+        groups = self._locate(indices)
+        places = torch.empty(len(indices), 3, dtype=torch.int64)
+        for group in groups:
+            inputs = group.inputs.masked_fill(group.is_bias[:, 0], -1)
+            places[group.rows.cpu()] = torch.stack([torch.full_like(inputs, group.layer), group.units, inputs], 1).cpu()
+        return Coordinates(index, groups, places)
 
     def _locate(self, indices: np.ndarray) -> list[UnitGroup]:
         device, groups, offset = self.layers[0].weight.device, [], 0
@@ -188,6 +198,10 @@ class MLPPass:
         hidden = self.hidden(layer)
         return torch.cat([hidden, hidden.new_ones(1, hidden.shape[1])])
 
+    def backward(self, output: Tensor) -> Tensor:
+        """The gradients of all layers, [p], for the output cotangent g_L [d_L, n]."""
+        return self.gradient(self.cotangents(output))
+
     def gradient(self, cotangents: dict[int, Tensor]) -> Tensor:
         """The gradients of all layers, [..., p], for g_l [..., d_l, n] by layer l."""
         pieces = [self.layer_gradient(layer, cotangents[layer]) for layer in range(1, self.depth + 1)]
@@ -199,11 +213,11 @@ class MLPCriticPass(CriticPass):
 
     Args:
         mlp: Its layers.
-        obs: Inputs [n, d_0].
+        forward: Their pass over the observations.
     """
 
-    def __init__(self, mlp: MLP, obs: Tensor):
-        self._mlp, self._pass = mlp, mlp.forward(obs)
+    def __init__(self, mlp: MLP, forward: MLPPass):
+        self._mlp, self._pass = mlp, forward
         self.values = self._pass.output[0]
         self.num_parameters = self._pass.num_parameters
         self._unit_cotangents: dict[int, Tensor] | None = None
@@ -216,7 +230,7 @@ class MLPCriticPass(CriticPass):
         return self._unit_cotangents
 
     def gradient(self, cotangent: Tensor) -> Tensor:
-        return self._pass.gradient(self._pass.cotangents(cotangent[None]))
+        return self._pass.backward(cotangent[None])
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         return self._pass.gradient({layer: cotangent[..., None, :] * g for layer, g in self._g.items()})
@@ -351,15 +365,13 @@ class MLPActorPass(ActorPass):
     """The actor as a perceptron under a policy head.
 
     Args:
-        mlp: The layers.
+        forward: The layers' pass over the observations.
         log_std: A parameter [d] that is the same in all slots, or None.
-        obs: Inputs [n, d_0].
         head: Makes the distribution's terms from the outputs and the log-std.
     """
 
-    def __init__(self, mlp: MLP, log_std: Tensor | None, obs: Tensor, head: PolicyHead):
-        self._pass = mlp.forward(obs)
-        output = self._pass.output
+    def __init__(self, forward: MLPPass, log_std: Tensor | None, head: PolicyHead):
+        self._pass, output = forward, forward.output
         self._terms = head(output, None if log_std is None else log_std.detach()[:, None].expand(-1, output.shape[1]))
         self._scores: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.logp, self.entropy, self.kl = self._terms.logp, self._terms.entropy, self._terms.kl
@@ -371,7 +383,7 @@ class MLPActorPass(ActorPass):
                 more_output, more_log_std = self._cotangent(term, weights)
                 output = output + more_output
                 log_std = None if log_std is None or more_log_std is None else log_std + more_log_std
-        gradient = self._pass.gradient(self._pass.cotangents(output))
+        gradient = self._pass.backward(output)
         return gradient if log_std is None else torch.cat([gradient, log_std.sum(1)])
 
     def _cotangent(self, term: int, weights: Tensor) -> tuple[Tensor, Tensor | None]:

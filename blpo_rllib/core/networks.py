@@ -35,10 +35,12 @@ class Coordinates:
     Attributes:
         index: int64 [k], on the critic's device.
         groups: The same as positions in the critic's layers, where its pass needs that.
+        places: The same once more, int64 [k, 3]: layer, unit, and input or −1 for a bias.
     """
 
     index: Tensor
     groups: Sequence[Any] = ()
+    places: Tensor | None = None
 
     @classmethod
     def of(cls, indices: np.ndarray, device: torch.device) -> Coordinates:

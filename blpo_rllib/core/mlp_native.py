@@ -1,0 +1,152 @@
+"""Perceptrons on the CPU by compiled kernels: what :mod:`blpo_rllib.core.mlp` computes, in few large calls."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from blpo_rllib.core.mlp import ACTIVATIONS, MLP, MLPCriticPass, MLPPass
+from blpo_rllib.core.native import DTYPES, SLOT_MULTIPLE, Kernels, Net
+from blpo_rllib.core.networks import Coordinates
+
+# The kernels' numbers of the activations they know.
+_KINDS = {ACTIVATIONS[nn.Tanh]: 0, ACTIVATIONS[nn.ReLU]: 1}
+
+
+def forward_pass(mlp: MLP, x: Tensor, kernels: Kernels | None) -> MLPPass:
+    """Inputs [n, d_0] through all layers, by ``kernels`` where there are any and they apply."""
+    if kernels is None or not _is_supported(mlp, x):
+        return mlp.forward(x)
+    return NativePass(mlp, x, kernels)
+
+
+def critic_pass(mlp: MLP, obs: Tensor, kernels: Kernels | None) -> MLPCriticPass:
+    """The critic at observations [n, d_0], by ``kernels`` where there are any and they apply."""
+    forward = forward_pass(mlp, obs, kernels)
+    return NativeCriticPass(mlp, forward) if isinstance(forward, NativePass) else MLPCriticPass(mlp, forward)
+
+
+def _is_supported(mlp: MLP, x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in DTYPES and all(p.dtype == x.dtype for p in mlp.parameters)
+
+
+class NativePass(MLPPass):
+    """A perceptron at one point on n inputs; its arrays are padded to N slots.
+
+    Args:
+        mlp: The layers, on the CPU.
+        x: Inputs [n, d_0], float32 or float64 as the layers.
+        kernels: The compiled functions.
+    """
+
+    def __init__(self, mlp: MLP, x: Tensor, kernels: Kernels):
+        self._kernels, self._sizes, self._num_inputs = kernels, mlp.sizes, len(x)
+        self._num_slots = -(-len(x) // SLOT_MULTIPLE) * SLOT_MULTIPLE
+        # h_0 ... h_{L-1} and z_L, one below the other.
+        self._all_hidden = x.new_empty(sum(self._sizes), self._num_slots)
+        *hidden, output = self._all_hidden[:, : len(x)].split(self._sizes)
+        super().__init__(mlp, hidden, output)
+        self._size_array = (ctypes.c_int64 * len(self._sizes))(*self._sizes)
+        self._kinds = (ctypes.c_int64 * len(mlp.activations))(*(_KINDS[a] for a in mlp.activations))
+        self._net = self._net_with(mlp.parameters)
+        self._call("forward", self._net, x, *x.stride(), len(x), self._all_hidden)
+
+    def _net_with(self, parameters: Sequence[Tensor]) -> Net:
+        """The perceptron of this shape that has these parameters, or directions in their place."""
+        pointers = (ctypes.c_void_p * len(parameters))(*(p.data_ptr() for p in parameters))
+        arrays = self._size_array, self._kinds, pointers
+        return Net(self.depth, *(ctypes.addressof(a) for a in arrays), self._num_slots, arrays)
+
+    def _call(self, name: str, net: Net, *args: Tensor | int | None) -> None:
+        plain = (a.data_ptr() if isinstance(a, Tensor) else a for a in args)
+        self._kernels(name, self._all_hidden.dtype, ctypes.addressof(net), *plain)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """[..., n] to [..., N], with zeros."""
+        return nn.functional.pad(x, (0, self._num_slots - self._num_inputs)).contiguous()
+
+    def _run_backward(self, output: Tensor, gradient: Tensor | None) -> Tensor:
+        """g_1 ... g_L for g_L = ``output`` [d_L, n], one below the other [., N]; fills ``gradient`` [p] if given."""
+        cotangents = output.new_empty(sum(self._sizes[1:]), self._num_slots)
+        output = output.contiguous()
+        self._call("backward", self._net, self._all_hidden, output, self._num_inputs, cotangents, gradient)
+        return cotangents
+
+    def backward(self, output: Tensor) -> Tensor:
+        gradient = output.new_zeros(self.num_parameters)
+        self._run_backward(output, gradient)
+        return gradient
+
+    def unit_cotangents(self) -> Tensor:
+        """G_1 ... G_L, one below the other [., N]."""
+        return self._run_backward(torch.ones_like(self.output, memory_format=torch.contiguous_format), None)
+
+    def by_layer(self, cotangents: Tensor) -> dict[int, Tensor]:
+        """Views [d_l, n] by layer l of arrays that stand one below the other."""
+        return dict(enumerate(cotangents[:, : self._num_inputs].split(self._sizes[1:]), start=1))
+
+    def scaled_gradients(self, cotangents: Tensor, scale: Tensor) -> Tensor:
+        """The gradients of all layers, [k, p], for g_l = ``cotangents`` times each of ``scale`` [k, n]."""
+        gradients = scale.new_zeros(len(scale), self.num_parameters)
+        self._call(
+            "scaled_gradients", self._net, self._all_hidden, cotangents, self.padded(scale), len(scale), gradients
+        )
+        return gradients
+
+    def jvp(self, cotangents: Tensor, direction: Sequence[Tensor]) -> Tensor:
+        """Σ_l Σ_units g_l ⊙ (δW_l h_{l-1} + δb_l), [n], for δW_1, δb_1, ... in ``direction``."""
+        product = cotangents.new_empty(self._num_slots)
+        self._call("jvp", self._net_with(direction), self._all_hidden, cotangents, product)
+        return product[: self._num_inputs]
+
+    def second_order_rows(self, places: Tensor, cotangents: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """:meth:`CriticPass.second_order_rows` for the parameters at ``places``: see :class:`Coordinates`."""
+        rows = first.new_zeros(len(places), self.num_parameters)
+        workspace = cotangents.new_empty(4, *cotangents.shape)
+        first, second = self.padded(first), self.padded(second)
+        self._call(
+            "second_order_rows",
+            self._net,
+            *(self._all_hidden, cotangents, first, second, places, len(places), workspace, rows),
+        )
+        return rows
+
+
+class NativeCriticPass(MLPCriticPass):
+    """The critic as a perceptron with a single output.
+
+    Args:
+        mlp: Its layers.
+        forward: Their pass over the observations.
+    """
+
+    def __init__(self, mlp: MLP, forward: NativePass):
+        super().__init__(mlp, forward)
+        self._native = forward
+        self._stacked: Tensor | None = None
+
+    @property
+    def _all_g(self) -> Tensor:
+        """G_1 ... G_L, one below the other."""
+        if self._stacked is None:
+            self._stacked = self._native.unit_cotangents()
+        return self._stacked
+
+    @property
+    def _g(self) -> dict[int, Tensor]:
+        return self._native.by_layer(self._all_g)
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        gradients = self._native.scaled_gradients(self._all_g, torch.atleast_2d(cotangent))
+        return gradients.view(*cotangent.shape[:-1], -1)
+
+    def jvp(self, tangent: Tensor) -> Tensor:
+        direction = [x for pair in self._direction(tangent.contiguous()) for x in pair]
+        return self._native.jvp(self._all_g, direction)
+
+    def second_order_rows(self, columns: Coordinates, first: Tensor, second: Tensor) -> Tensor:
+        assert columns.places is not None
+        return self._native.second_order_rows(columns.places, self._all_g, first, second)

@@ -1,0 +1,539 @@
+// Passes of a multi-layer perceptron over the slots of a minibatch, for CPUs. What each computes, and its symbols, are
+// defined in blpo_rllib/core/mlp.py; the same in torch operations stands there and is what the tests compare with.
+//
+// Arrays stand unit by unit, [d, N], with N slots: the n of the minibatch, padded to whole vectors. Whatever the
+// padding holds, cotangents are 0 there. One tile of slots goes through all layers while it is in the cache; gradients,
+// which sum over slots, are shared out by units instead. Results do not depend on the number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+// Accumulators of a register tile: 24 of the 32 vector registers of AVX-512 and NEON, 12 of the 16 of AVX.
+constexpr bool kManyRegisters = kVectorBytes != 32;
+constexpr int kUnits = kManyRegisters ? 8 : 4;        // product: units ...
+constexpr int kVectors = 3;                           // ... by vectors of slots
+constexpr int kRows = 4;                              // gradient: units of layer l ...
+constexpr int kColumns = kManyRegisters ? 6 : 3;      // ... by units of layer l - 1
+constexpr int64_t kChunk = 1024;                      // slots summed over before the next pair of units
+
+template <class T, int Bytes>
+struct VectorOf;
+template <int Bytes>
+struct VectorOf<float, Bytes> {
+  typedef float type __attribute__((vector_size(Bytes), aligned(4), may_alias));
+};
+template <int Bytes>
+struct VectorOf<double, Bytes> {
+  typedef double type __attribute__((vector_size(Bytes), aligned(8), may_alias));
+};
+template <class T>
+using Vector = typename VectorOf<T, kVectorBytes>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+inline Vector<T> load(const T* p) {
+  return *reinterpret_cast<const Vector<T>*>(p);
+}
+template <class T>
+inline void store(T* p, Vector<T> v) {
+  *reinterpret_cast<Vector<T>*>(p) = v;
+}
+
+template <class T, int Bytes>
+inline T sum_of_lanes(typename VectorOf<T, Bytes>::type v) {
+  if constexpr (Bytes == sizeof(T) * 2) {
+    return v[0] + v[1];
+  } else {
+    typename VectorOf<T, Bytes / 2>::type half[2];
+    std::memcpy(half, &v, Bytes);
+    return sum_of_lanes<T, Bytes / 2>(half[0] + half[1]);
+  }
+}
+template <class T>
+inline T lane_sum(Vector<T> v) {
+  return sum_of_lanes<T, kVectorBytes>(v);
+}
+
+// tanh z = 1 - 2 / (exp(2 z) + 1), to within rounding of 1; exp by Cody and Waite's reduction and a polynomial.
+inline Vector<float> tanh_of(Vector<float> z) {
+  typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+  Vector<float> y = 2 * z;
+  y = y > 20.0f ? Vector<float>{} + 20.0f : y;
+  y = y < -20.0f ? Vector<float>{} - 20.0f : y;
+  const Vector<float> magic = Vector<float>{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vector<float> shifted = y * 1.44269504088896341f + magic;
+  const Vector<float> count = shifted - magic;
+  const Vector<float> r = (y - count * 0.693359375f) + count * 2.12194440e-4f;
+  Vector<float> e = Vector<float>{} + 1.9875691500e-4f;
+  e = e * r + 1.3981999507e-3f;
+  e = e * r + 8.3334519073e-3f;
+  e = e * r + 4.1665795894e-2f;
+  e = e * r + 1.6666665459e-1f;
+  e = e * r + 5.0000001201e-1f;
+  e = e * r * r + r + 1.0f;
+  const Integers exponent = ((Integers)shifted - 0x4B400000 + 127) << 23;  // the same bits, read as integers
+  e = e * (Vector<float>)exponent;
+  return 1.0f - 2.0f / (e + 1.0f);
+}
+inline Vector<double> tanh_of(Vector<double> z) {
+  for (int i = 0; i < kLanes<double>; ++i) z[i] = std::tanh(z[i]);
+  return z;
+}
+
+enum Activation : int64_t { kTanh = 0, kRelu = 1 };
+
+template <class V>
+inline V activate(Activation kind, V z) {
+  if (kind == kTanh) return tanh_of(z);
+  return z > 0 ? z : (z != z ? z : V{});  // keeps NaN, as torch.relu does
+}
+// phi'(z) from h = phi(z).
+template <class V>
+inline V slope(Activation kind, V h) {
+  return kind == kTanh ? 1 - h * h : (h > 0 ? V{} + 1 : V{});
+}
+// phi''/phi' from h.
+template <class V>
+inline V bend(Activation kind, V h) {
+  return kind == kTanh ? -2 * h : V{};
+}
+
+template <class T>
+struct Net {
+  int64_t depth;                  // L
+  const int64_t* sizes;           // d_0 ... d_L
+  const int64_t* activations;     // of layers 1 ... L - 1
+  const T* const* parameters;     // W_1, b_1, ..., W_L, b_L
+  int64_t slots;                  // N
+
+  const T* weight(int64_t layer) const { return parameters[2 * (layer - 1)]; }
+  const T* bias(int64_t layer) const { return parameters[2 * (layer - 1) + 1]; }
+  Activation activation(int64_t layer) const { return static_cast<Activation>(activations[layer - 1]); }
+  // Where layer l stands in an array of the layers from `first` on, unit by unit.
+  int64_t offset(int64_t layer, int64_t first) const {
+    int64_t units = 0;
+    for (int64_t l = first; l < layer; ++l) units += sizes[l];
+    return units * slots;
+  }
+  int64_t num_parameters() const {
+    int64_t count = 0;
+    for (int64_t l = 1; l <= depth; ++l) count += sizes[l] * (sizes[l - 1] + 1);
+    return count;
+  }
+  int64_t num_tiles() const { return (slots / kLanes<T> + kVectors - 1) / kVectors; }
+};
+
+// acc[r][v] = sum_k a(r, k) b[k, v]: R units on V vectors of slots; a(r, k) = a[r * row + k * column].
+template <class T, int R, int V>
+inline void accumulate(const T* a, int64_t row, int64_t column, const T* b, int64_t slots, int64_t depth,
+                       Vector<T> (&acc)[R][V]) {
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) acc[r][v] = Vector<T>{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector<T> x[V];
+    for (int v = 0; v < V; ++v) x[v] = load<T>(b + k * slots + v * kLanes<T>);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const T weight = a[r * row + k * column];
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) acc[r][v] += weight * x[v];
+    }
+  }
+}
+
+template <class T, int R, int V, class Done>
+inline void units_of_product(const T* a, int64_t row, int64_t column, const T* b, int64_t slots, int64_t depth,
+                             int64_t first, const Done& done) {
+  Vector<T> acc[R][V];
+  accumulate<T, R, V>(a + first * row, row, column, b, slots, depth, acc);
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) done(first + r, v * kLanes<T>, acc[r][v]);
+}
+
+template <class T, int V, class Done>
+inline void tile_of_product(const T* a, int64_t row, int64_t column, const T* b, int64_t slots, int64_t units,
+                            int64_t depth, const Done& done) {
+  int64_t r = 0;
+  for (; r + kUnits <= units; r += kUnits)
+    units_of_product<T, kUnits, V>(a, row, column, b, slots, depth, r, done);
+  for (; r + 2 <= units; r += 2) units_of_product<T, 2, V>(a, row, column, b, slots, depth, r, done);
+  if (r < units) units_of_product<T, 1, V>(a, row, column, b, slots, depth, r, done);
+}
+
+// done(unit, slot, sum over k of a(unit, k) b[k, slot ...]) for all units and `vectors` vectors of slots.
+template <class T, class Done>
+inline void product(const T* a, int64_t row, int64_t column, const T* b, int64_t slots, int64_t units, int64_t depth,
+                    int vectors, const Done& done) {
+  if (vectors == 3) tile_of_product<T, 3>(a, row, column, b, slots, units, depth, done);
+  if (vectors == 2) tile_of_product<T, 2>(a, row, column, b, slots, units, depth, done);
+  if (vectors == 1) tile_of_product<T, 1>(a, row, column, b, slots, units, depth, done);
+}
+
+// Runs work(first slot, number of vectors) for each tile of slots, inside a parallel region.
+template <class T, class Work>
+inline void for_tiles(const Net<T>& net, const Work& work) {
+#pragma omp for schedule(static)
+  for (int64_t tile = 0; tile < net.num_tiles(); ++tile) {
+    const int64_t first = tile * kVectors * kLanes<T>;
+    work(first, static_cast<int>(std::min<int64_t>(kVectors, (net.slots - first) / kLanes<T>)));
+  }
+}
+
+// R x C entries of sum_s scale[s] g[o, s] h[i, s] over the slots [begin, end), added to out[o * ld + i].
+template <class T, int R, int C, bool Scaled>
+inline void block_of_gradient(const T* g, const T* h, const T* scale, int64_t slots, int64_t begin, int64_t end,
+                              T* out, int64_t ld) {
+  Vector<T> acc[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) acc[r][c] = Vector<T>{};
+  for (int64_t s = begin; s < end; s += kLanes<T>) {
+    Vector<T> x[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      x[r] = load<T>(g + r * slots + s);
+      if constexpr (Scaled) x[r] *= load<T>(scale + s);
+    }
+#pragma GCC unroll 6
+    for (int c = 0; c < C; ++c) {
+      const Vector<T> y = load<T>(h + c * slots + s);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r][c] += x[r] * y;
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) out[r * ld + c] += lane_sum<T>(acc[r][c]);
+}
+
+template <class T, int R, bool Scaled>
+inline void rows_of_gradient(const T* g, const T* h, const T* scale, int64_t slots, int64_t inputs, T* weight,
+                             int64_t ld, T* bias) {
+  for (int64_t begin = 0; begin < slots; begin += kChunk) {
+    const int64_t end = std::min(slots, begin + kChunk);
+    int64_t c = 0;
+    for (; c + kColumns <= inputs; c += kColumns)
+      block_of_gradient<T, R, kColumns, Scaled>(g, h + c * slots, scale, slots, begin, end, weight + c, ld);
+    for (; c + 2 <= inputs; c += 2)
+      block_of_gradient<T, R, 2, Scaled>(g, h + c * slots, scale, slots, begin, end, weight + c, ld);
+    if (c < inputs)
+      block_of_gradient<T, R, 1, Scaled>(g, h + c * slots, scale, slots, begin, end, weight + c, ld);
+  }
+  if (bias == nullptr) return;
+  for (int r = 0; r < R; ++r) {
+    Vector<T> acc{};
+    for (int64_t s = 0; s < slots; s += kLanes<T>) {
+      const Vector<T> x = load<T>(g + r * slots + s);
+      if constexpr (Scaled) acc += x * load<T>(scale + s);
+      else acc += x;
+    }
+    bias[r] += lane_sum<T>(acc);
+  }
+}
+
+// Adds (scale * g) h^T to weight [units, inputs], its rows ld apart, and the sums over slots to bias if there is one,
+// for kRows units from `first` on.
+template <class T, bool Scaled>
+inline void add_gradient(const T* g, const T* h, const T* scale, int64_t slots, int64_t units, int64_t inputs,
+                         int64_t first, T* weight, int64_t ld, T* bias) {
+  if (first + kRows <= units) {
+    rows_of_gradient<T, kRows, Scaled>(g + first * slots, h, scale, slots, inputs, weight + first * ld, ld,
+                                       bias ? bias + first : nullptr);
+    return;
+  }
+  for (int64_t o = first; o < units; ++o)
+    rows_of_gradient<T, 1, Scaled>(g + o * slots, h, scale, slots, inputs, weight + o * ld, ld,
+                                   bias ? bias + o : nullptr);
+}
+
+// Runs work(layer, first unit, W_l's and b_l's place in a flat gradient) for each group of kRows units of all layers.
+template <class T, class Work>
+inline void for_unit_groups(const Net<T>& net, const Work& work) {
+  int64_t begin = 0;
+  for (int64_t layer = 1; layer <= net.depth; ++layer) {
+    const int64_t units = net.sizes[layer], num_weights = units * net.sizes[layer - 1];
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t first = 0; first < units; first += kRows) work(layer, first, begin, begin + num_weights);
+    begin += num_weights + units;
+  }
+#pragma omp barrier
+}
+
+// The gradients of all layers for cotangents g (layers 1 ... L), each times scale, into out [p].
+template <class T>
+inline void gradient(const Net<T>& net, const T* h, const T* g, const T* scale, T* out) {
+  for_unit_groups<T>(net, [&](int64_t layer, int64_t first, int64_t weight, int64_t bias) {
+    const T* cotangent = g + net.offset(layer, 1);
+    const T* input = h + net.offset(layer - 1, 0);
+    const int64_t units = net.sizes[layer], inputs = net.sizes[layer - 1];
+    if (scale) add_gradient<T, true>(cotangent, input, scale, net.slots, units, inputs, first, out + weight, inputs,
+                                    out + bias);
+    else add_gradient<T, false>(cotangent, input, nullptr, net.slots, units, inputs, first, out + weight, inputs, out + bias);
+  });
+}
+
+// h_0 ... h_{L-1} and z_L, one behind the other in h, from x(s, i) = x[s * x_slot + i * x_unit], s < n.
+template <class T>
+void forward(const Net<T>& net, const T* x, int64_t x_slot, int64_t x_unit, int64_t n, T* h, int threads) {
+#pragma omp parallel num_threads(threads)
+  for_tiles<T>(net, [&](int64_t first, int vectors) {
+    const int64_t end = first + vectors * kLanes<T>;
+    for (int64_t i = 0; i < net.sizes[0]; ++i)
+      for (int64_t s = first; s < end; ++s) h[i * net.slots + s] = s < n ? x[s * x_slot + i * x_unit] : T(0);
+    const T* input = h + first;
+    for (int64_t layer = 1; layer <= net.depth; ++layer) {
+      T* output = h + net.offset(layer, 0) + first;
+      const T* bias = net.bias(layer);
+      const bool last = layer == net.depth;
+      const Activation kind = last ? kTanh : net.activation(layer);
+      product<T>(net.weight(layer), net.sizes[layer - 1], 1, input, net.slots, net.sizes[layer], net.sizes[layer - 1],
+                 vectors, [&](int64_t unit, int64_t slot, Vector<T> z) {
+                   z += bias[unit];
+                   store<T>(output + unit * net.slots + slot, last ? z : activate(kind, z));
+                 });
+      input = output;
+    }
+  });
+}
+
+// g_{layer-1} = phi' * W^T g_layer on one tile of slots.
+template <class T>
+inline void pull_back(const Net<T>& net, int64_t layer, const T* h, const T* g, T* below, int64_t first, int vectors) {
+  const T* hidden = h + net.offset(layer - 1, 0) + first;
+  const Activation kind = net.activation(layer - 1);
+  product<T>(net.weight(layer), 1, net.sizes[layer - 1], g + first, net.slots, net.sizes[layer - 1], net.sizes[layer],
+             vectors, [&](int64_t unit, int64_t slot, Vector<T> back) {
+               const int64_t at = unit * net.slots + slot;
+               store<T>(below + first + at, back * slope(kind, load<T>(hidden + at)));
+             });
+}
+
+// Cotangents g of layers 1 ... L from output [d_L, n], and if `out` is given the gradient [p].
+template <class T>
+void backward(const Net<T>& net, const T* h, const T* output, int64_t n, T* g, T* out, int threads) {
+  T* top = g + net.offset(net.depth, 1);
+#pragma omp parallel num_threads(threads)
+  {
+    for_tiles<T>(net, [&](int64_t first, int vectors) {
+      const int64_t end = first + vectors * kLanes<T>;
+      for (int64_t o = 0; o < net.sizes[net.depth]; ++o)
+        for (int64_t s = first; s < end; ++s) top[o * net.slots + s] = s < n ? output[o * n + s] : T(0);
+      for (int64_t layer = net.depth; layer > 1; --layer)
+        pull_back(net, layer, h, g + net.offset(layer, 1), g + net.offset(layer - 1, 1), first, vectors);
+    });
+    if (out) gradient<T>(net, h, g, nullptr, out);
+  }
+}
+
+// out[s] = sum over layers and units of g_l (dW_l h_{l-1} + db_l), `direction` holding dW and db.
+template <class T>
+void jvp(const Net<T>& direction, const T* h, const T* g, T* out, int threads) {
+  const Net<T>& net = direction;
+#pragma omp parallel num_threads(threads)
+  for_tiles<T>(net, [&](int64_t first, int vectors) {
+    Vector<T> total[kVectors] = {};
+    for (int64_t layer = 1; layer <= net.depth; ++layer) {
+      const T* cotangent = g + net.offset(layer, 1) + first;
+      const T* bias = net.bias(layer);
+      product<T>(net.weight(layer), net.sizes[layer - 1], 1, h + net.offset(layer - 1, 0) + first, net.slots,
+                 net.sizes[layer], net.sizes[layer - 1], vectors, [&](int64_t unit, int64_t slot, Vector<T> moved) {
+                   total[slot / kLanes<T>] += load<T>(cotangent + unit * net.slots + slot) * (moved + bias[unit]);
+                 });
+    }
+    for (int v = 0; v < vectors; ++v) store<T>(out + first + v * kLanes<T>, total[v]);
+  });
+}
+
+// A parameter of layer l: its unit r, and its input c, or -1 for a bias.
+struct Coordinate {
+  int64_t layer, unit, input;
+};
+
+// What is not 0 of an array [d, N]: nothing, one unit, or all.
+struct Support {
+  enum Kind { kNone, kUnit, kAll } kind;
+  int64_t unit;
+};
+
+// One row of sum_s a_s J_s J_s^T + u_s Hessian(V_s): see MLPPass.second_order_row.
+template <class T>
+struct SecondOrderRow {
+  const Net<T>& net;
+  Coordinate at;
+  const T *h, *g, *u, *a;  // h_0 ... z_L; G_1 ... G_L; u and a [N]
+  T *tangent, *moved;      // of z and of h, layers 1 ... L - 1
+  T *change, *q;           // of G, and u dG + a j G; layers 1 ... L
+
+  Vector<T> drive(int64_t slot) const {
+    if (at.input < 0) return Vector<T>{} + 1;
+    return load<T>(h + net.offset(at.layer - 1, 0) + at.input * net.slots + slot);
+  }
+
+  // dz and dh: of one unit in the parameter's layer, of all units above it.
+  void push(int64_t first, int vectors) const {
+    if (at.layer == net.depth) return;
+    const int64_t unit = at.unit * net.slots + first;
+    for (int64_t s = 0; s < vectors * kLanes<T>; s += kLanes<T>)
+      set_tangent(at.layer, unit + s, drive(first + s));
+    for (int64_t layer = at.layer + 1; layer < net.depth; ++layer) {
+      const Support below{layer == at.layer + 1 ? Support::kUnit : Support::kAll, at.unit};
+      apply(net.weight(layer), net.sizes[layer - 1], 1, below, moved + net.offset(layer - 1, 1) + first, layer,
+            layer - 1, vectors, [&](int64_t place, Vector<T> dz) { set_tangent(layer, place + first, dz); });
+    }
+  }
+
+  void set_tangent(int64_t layer, int64_t place, Vector<T> dz) const {
+    const int64_t begin = net.offset(layer, 1) + place;
+    store<T>(tangent + begin, dz);
+    store<T>(moved + begin, dz * slope(net.activation(layer), load<T>(h + net.offset(layer, 0) + place)));
+  }
+
+  // The matrix a(r, k) = a[r * row + k * column] from layer `from` to layer `to`, on an input of known support.
+  template <class Done>
+  void apply(const T* a, int64_t row, int64_t column, Support support, const T* input, int64_t to, int64_t from,
+             int vectors, const Done& done) const {
+    const bool all = support.kind == Support::kAll;
+    const int64_t skip = all ? 0 : support.unit;
+    product<T>(a + skip * column, row, column, input + skip * net.slots, net.slots, net.sizes[to],
+               all ? net.sizes[from] : 1, vectors,
+               [&](int64_t unit, int64_t slot, Vector<T> value) { done(unit * net.slots + slot, value); });
+  }
+
+  // dG_l = phi' (W_{l+1}^T dG_{l+1} + [l + 1 is the parameter's layer] e_c G[r]) + (phi''/phi') G_l dz_l, downwards.
+  void pull(int64_t first, int vectors) const {
+    Support above{Support::kNone, 0};
+    combine(net.depth, above, first, vectors);
+    for (int64_t layer = net.depth - 1; layer >= 1; --layer) {
+      above = change_from(layer, above, first, vectors);
+      combine(layer, above, first, vectors);
+    }
+  }
+
+  Support change_from(int64_t layer, Support above, int64_t first, int vectors) const {
+    const Activation kind = net.activation(layer);
+    const T* hidden = h + net.offset(layer, 0) + first;
+    T* output = change + net.offset(layer, 1) + first;
+    const int64_t slots = vectors * kLanes<T>;
+    if (above.kind == Support::kNone) {
+      for (int64_t unit = 0; unit < net.sizes[layer]; ++unit) std::fill_n(output + unit * net.slots, slots, T(0));
+    } else {
+      apply(net.weight(layer + 1), 1, net.sizes[layer], above, change + net.offset(layer + 1, 1) + first, layer,
+            layer + 1, vectors, [&](int64_t place, Vector<T> back) {
+              store<T>(output + place, back * slope(kind, load<T>(hidden + place)));
+            });
+    }
+    Support support{above.kind == Support::kNone ? Support::kNone : Support::kAll, 0};
+    if (layer + 1 == at.layer && at.input >= 0) {
+      const T* passed = g + net.offset(at.layer, 1) + at.unit * net.slots + first;
+      for (int64_t s = 0; s < slots; s += kLanes<T>) {
+        const int64_t place = at.input * net.slots + s;
+        add(output + place, load<T>(passed + s) * slope(kind, load<T>(hidden + place)));
+      }
+      if (support.kind == Support::kNone) support = {Support::kUnit, at.input};
+    }
+    if (layer < at.layer || kind == kRelu) return support;
+    const bool one = layer == at.layer;
+    for (int64_t unit = one ? at.unit : 0; unit < (one ? at.unit + 1 : net.sizes[layer]); ++unit)
+      for (int64_t s = 0; s < slots; s += kLanes<T>) {
+        const int64_t place = unit * net.slots + s, all = net.offset(layer, 1) + first + place;
+        add(output + place, bend(kind, load<T>(hidden + place)) * load<T>(g + all) * load<T>(tangent + all));
+      }
+    if (!one) return {Support::kAll, 0};
+    return support.kind == Support::kNone ? Support{Support::kUnit, at.unit} : support;
+  }
+
+  static void add(T* p, Vector<T> v) { store<T>(p, load<T>(p) + v); }
+
+  // q = u dG + a j G.
+  void combine(int64_t layer, Support support, int64_t first, int vectors) const {
+    const int64_t begin = net.offset(layer, 1) + first;
+    const T* own = g + net.offset(at.layer, 1) + at.unit * net.slots;
+    for (int64_t s = 0; s < vectors * kLanes<T>; s += kLanes<T>) {
+      const int64_t slot = first + s;
+      const Vector<T> outer = load<T>(a + slot) * load<T>(own + slot) * drive(slot), inner = load<T>(u + slot);
+      for (int64_t unit = 0; unit < net.sizes[layer]; ++unit) {
+        const int64_t place = begin + unit * net.slots + s;
+        Vector<T> value = outer * load<T>(g + place);
+        if (support.kind != Support::kNone) value += inner * load<T>(change + place);
+        store<T>(q + place, value);
+      }
+    }
+  }
+
+  // q_l h_{l-1}^T + (u G_l) dh_{l-1}^T for all layers, into out [p].
+  void gradient_into(T* out) const {
+    gradient<T>(net, h, q, nullptr, out);
+    for_unit_groups<T>(net, [&](int64_t layer, int64_t first, int64_t weight, int64_t) {
+      const int64_t below = layer - 1, inputs = net.sizes[below];
+      if (below < at.layer) return;
+      const int64_t skip = below == at.layer ? at.unit : 0;
+      add_gradient<T, true>(g + net.offset(layer, 1), moved + net.offset(below, 1) + skip * net.slots, u, net.slots,
+                            net.sizes[layer], below == at.layer ? 1 : inputs, first, out + weight + skip, inputs,
+                            nullptr);
+    });
+  }
+};
+
+// `count` rows into out [count, p]; `work` holds four arrays like g.
+template <class T>
+void second_order_rows(const Net<T>& net, const T* h, const T* g, const T* u, const T* a, const int64_t* coordinates,
+                       int64_t count, T* work, T* out, int threads) {
+  const int64_t size = net.offset(net.depth + 1, 1);
+#pragma omp parallel num_threads(threads)
+  for (int64_t k = 0; k < count; ++k) {
+    const Coordinate at{coordinates[3 * k], coordinates[3 * k + 1], coordinates[3 * k + 2]};
+    const SecondOrderRow<T> row{net, at, h, g, u, a, work, work + size, work + 2 * size, work + 3 * size};
+    for_tiles<T>(net, [&](int64_t first, int vectors) {
+      row.push(first, vectors);
+      row.pull(first, vectors);
+    });
+    row.gradient_into(out + k * net.num_parameters());
+  }
+}
+
+// `count` gradients into out [count, p], for the unit cotangents g times each of scale [count, N].
+template <class T>
+void scaled_gradients(const Net<T>& net, const T* h, const T* g, const T* scale, int64_t count, T* out, int threads) {
+#pragma omp parallel num_threads(threads)
+  for (int64_t k = 0; k < count; ++k)
+    gradient<T>(net, h, g, scale + k * net.slots, out + k * net.num_parameters());
+}
+
+}  // namespace
+
+#define BLPO_EXPORT(T, suffix)                                                                                        \
+  void blpo_forward_##suffix(const Net<T>* net, const T* x, int64_t x_slot, int64_t x_unit, int64_t n, T* h,         \
+                             int64_t threads) {                                                                       \
+    forward<T>(*net, x, x_slot, x_unit, n, h, static_cast<int>(threads));                                             \
+  }                                                                                                                   \
+  void blpo_backward_##suffix(const Net<T>* net, const T* h, const T* output, int64_t n, T* g, T* out,               \
+                              int64_t threads) {                                                                      \
+    backward<T>(*net, h, output, n, g, out, static_cast<int>(threads));                                               \
+  }                                                                                                                   \
+  void blpo_jvp_##suffix(const Net<T>* direction, const T* h, const T* g, T* out, int64_t threads) {                  \
+    jvp<T>(*direction, h, g, out, static_cast<int>(threads));                                                         \
+  }                                                                                                                   \
+  void blpo_scaled_gradients_##suffix(const Net<T>* net, const T* h, const T* g, const T* scale, int64_t count,      \
+                                      T* out, int64_t threads) {                                                      \
+    scaled_gradients<T>(*net, h, g, scale, count, out, static_cast<int>(threads));                                    \
+  }                                                                                                                   \
+  void blpo_second_order_rows_##suffix(const Net<T>* net, const T* h, const T* g, const T* u, const T* a,            \
+                                       const int64_t* coordinates, int64_t count, T* work, T* out,                   \
+                                       int64_t threads) {                                                             \
+    second_order_rows<T>(*net, h, g, u, a, coordinates, count, work, out, static_cast<int>(threads));                 \
+  }
+
+extern "C" {
+BLPO_EXPORT(float, float32)
+BLPO_EXPORT(double, float64)
+}
