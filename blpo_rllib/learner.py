@@ -25,7 +25,7 @@ from ray.rllib.utils.annotations import override
 
 from blpo_rllib.connectors import SEGMENT_CONTINUES, SEGMENT_STEP, PackSegments, RewardScale
 from blpo_rllib.core import native
-from blpo_rllib.core.gae import AdvantageOperator
+from blpo_rllib.core.gae import Masks, advantage_operator
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss
 from blpo_rllib.core.minibatch import COUNTS, UpdateSettings
 from blpo_rllib.core.native import Kernels
@@ -109,6 +109,7 @@ class BLPOTorchLearner(PPOTorchLearner):
             np.random.default_rng([config.seed or 0, zlib.crc32(module_id.encode())]),
             self._reduction,
             self._compile,
+            self._kernels,
         )
 
     @property
@@ -215,8 +216,11 @@ class BLPOTorchLearner(PPOTorchLearner):
             old_dist_inputs=cast(columns[Columns.ACTION_DIST_INPUTS]),
             rewards=cast(columns[Columns.REWARDS]) / scale,
             step=step,
-            advantage=AdvantageOperator.of(
-                step, columns[Columns.TERMINATEDS].to(dtype) * step, continues, config.gamma, config.lambda_
+            advantage=advantage_operator(
+                Masks(step, columns[Columns.TERMINATEDS].to(dtype) * step, continues),
+                config.gamma,
+                config.lambda_,
+                self._kernels if dtype in native.DTYPES else None,
             ),
         )
 

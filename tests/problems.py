@@ -4,9 +4,10 @@ import torch
 from torch import nn
 
 from blpo_rllib.core.curvature import CriticLoss
-from blpo_rllib.core.gae import AdvantageOperator
+from blpo_rllib.core.gae import Masks, advantage_operator
 from blpo_rllib.core.minibatch import Players
-from blpo_rllib.core.mlp import MLP, MLPActorPass, MLPCriticPass
+from blpo_rllib.core.mlp import MLP, MLPActorPass
+from blpo_rllib.core.mlp_native import critic_pass, forward_pass
 from blpo_rllib.core.networks import ActorPass, AutogradActorPass, AutogradCriticPass
 from blpo_rllib.core.policy_heads import AutogradTerms, GaussianTerms
 from blpo_rllib.core.segments import SegmentBatch
@@ -35,13 +36,13 @@ def gaussian_terms(mean, log_std, actions, old_mean=None):
 
 
 class SmallPlayers(Players):
-    """A Gaussian actor and a critic, differentiated by hand or automatically."""
+    """A Gaussian actor and a critic, differentiated by hand (by compiled kernels or not) or automatically."""
 
-    def __init__(self, by_hand=False, hidden=(5, 4), activation=nn.Tanh):
+    def __init__(self, by_hand=False, hidden=(5, 4), activation=nn.Tanh, kernels=None):
         self.critic_network = network(OBS_SIZE, *hidden, 1, activation=activation)
         self.actor_network = network(OBS_SIZE, *hidden, NUM_ACTIONS, activation=activation)
         self.log_std = nn.Parameter(torch.full((NUM_ACTIONS,), -0.2, dtype=FLOAT64))
-        self.by_hand = by_hand
+        self.by_hand, self.kernels = by_hand, kernels
         self.critic_parameters = list(self.critic_network.parameters())
         self.actor_parameters = [*self.actor_network.parameters(), self.log_std]
 
@@ -50,8 +51,7 @@ class SmallPlayers(Players):
 
     def critic(self, obs):
         if self.by_hand:
-            mlp = MLP.of([self.critic_network])
-            return MLPCriticPass(mlp, mlp.forward(obs))
+            return critic_pass(MLP.of([self.critic_network]), obs, self.kernels)
         return AutogradCriticPass(self.critic_network(obs)[:, 0], self.critic_parameters)
 
     def actor(self, obs, actions, old_dist_inputs) -> ActorPass:
@@ -61,12 +61,12 @@ class SmallPlayers(Players):
             head = lambda outputs, log_std: AutogradTerms(terms, outputs, log_std)
             if old_dist_inputs is None:
                 head = lambda outputs, log_std: GaussianTerms.at(actions, clip, outputs, log_std)
-            return MLPActorPass(MLP.of([self.actor_network]).forward(obs), self.log_std, head)
+            return MLPActorPass(forward_pass(MLP.of([self.actor_network]), obs, self.kernels), self.log_std, head)
         terms = gaussian_terms(self.actor_network(obs), self.log_std, actions, old_dist_inputs)
         return AutogradActorPass(*terms, self.actor_parameters)
 
 
-def random_batch(num_segments=2, width=9, gamma=0.9, lambda_=0.8):
+def random_batch(num_segments=2, width=9, gamma=0.9, lambda_=0.8, kernels=None):
     """Segments with several pieces, terminated and truncated ends, and padding."""
     step = torch.ones(num_segments, width, dtype=FLOAT64)
     step[:, 3] = 0
@@ -85,7 +85,7 @@ def random_batch(num_segments=2, width=9, gamma=0.9, lambda_=0.8):
         old_dist_inputs=torch.randn(num_segments, width, NUM_ACTIONS, dtype=FLOAT64),
         rewards=torch.randn(num_segments, width, dtype=FLOAT64),
         step=step,
-        advantage=AdvantageOperator.of(step, terminated, continues, gamma, lambda_),
+        advantage=advantage_operator(Masks(step, terminated, continues), gamma, lambda_, kernels),
     )
 
 

@@ -9,13 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from blpo_rllib.core import native
 from blpo_rllib.core.adam import AdamSteps
 from blpo_rllib.core.curvature import CriticLoss, Hessian
-from blpo_rllib.core.gae import AdvantageOperator
+from blpo_rllib.core.gae import Masks, advantage_operator
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss, hypergradient
 from blpo_rllib.core.ihvp import ConjugateGradient, Nystrom
+from blpo_rllib.core.mlp import MLP, MLPActorPass
+from blpo_rllib.core.mlp_native import critic_pass, forward_pass
 from blpo_rllib.core.networks import AutogradActorPass, AutogradCriticPass, Coordinates, flatten
+from blpo_rllib.core.policy_heads import CategoricalTerms, GaussianTerms
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentBatch
 
@@ -32,7 +37,8 @@ def test_reference_files_exist():
 class Case:
     """One minibatch of one file."""
 
-    def __init__(self, file, case, dtype):
+    def __init__(self, file, case, dtype, by_hand=False, kernels=None):
+        self._by_hand, self._kernels = by_hand, kernels
         self._arrays = {k.removeprefix(case + "/"): v for k, v in file.items() if k.startswith(case + "/")}
         self._dtype = dtype
         self.batch = self._batch(float(file["config/gamma"]), float(file["config/gae_lambda"]))
@@ -64,24 +70,49 @@ class Case:
             old_dist_inputs=step[..., None],
             rewards=slots(self.tensor("rewards")),
             step=step,
-            advantage=AdvantageOperator.of(step, terminated, continues, gamma, lambda_),
+            advantage=advantage_operator(Masks(step, terminated, continues), gamma, lambda_, self._kernels),
         )
 
     @property
     def discrete(self):
         return "actor/log_std" not in self._arrays
 
+    def perceptron(self, name):
+        """The layers of a network, in the file's order, as one of our perceptrons."""
+        tensors, modules = list(self.parameters(name).values()), []
+        for weight, bias in zip(tensors[:6:2], tensors[1:6:2]):
+            layer = nn.Linear(*weight.T.shape, dtype=self._dtype)
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            modules += [layer, nn.Tanh()]
+        return MLP.of([nn.Sequential(*modules[:-1])])
+
+    def columns(self, indices):
+        if self._by_hand:
+            return self.perceptron("critic").columns(indices)
+        return Coordinates.of(indices, torch.device("cpu"))
+
     def critic_loss(self):
         weights = {k: v.requires_grad_() for k, v in self.parameters("critic").items()}
-        values = mlp(weights, self.batch.obs[0])[:, 0]
         targets = torch.cat([self.tensor("value_targets"), torch.zeros(1, dtype=self._dtype)])
-        return CriticLoss(
-            AutogradCriticPass(values, weights.values()), targets, (self.batch.step / self.batch.step.sum())[0]
-        )
+        if self._by_hand:
+            critic = critic_pass(self.perceptron("critic"), self.batch.obs[0], self._kernels)
+        else:
+            critic = AutogradCriticPass(mlp(weights, self.batch.obs[0])[:, 0], weights.values())
+        return CriticLoss(critic, targets, (self.batch.step / self.batch.step.sum())[0])
 
     def actor_pass(self):
         weights = {k: v.requires_grad_() for k, v in self.parameters("actor").items()}
-        outputs, actions = mlp(weights, self.batch.obs[0]), self.batch.actions[0]
+        actions = self.batch.actions[0]
+        if self._by_hand:
+            clip = torch.tensor(float("inf"))
+            head = lambda outputs, log_std: (
+                CategoricalTerms.at(actions, outputs)
+                if self.discrete
+                else GaussianTerms.at(actions, clip, outputs, log_std)
+            )
+            forward = forward_pass(self.perceptron("actor"), self.batch.obs[0], self._kernels)
+            return MLPActorPass(forward, weights.get("log_std"), head)
+        outputs = mlp(weights, self.batch.obs[0])
         if self.discrete:
             distribution = torch.distributions.Categorical(logits=outputs)
         else:
@@ -118,18 +149,19 @@ def relative_error(actual, expected):
     return float((actual - expected).norm() / expected.norm())
 
 
+@pytest.mark.parametrize("how", ["automatic", "by hand", "kernels"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_minibatches_match_published_numbers(path, dtype):
+def test_minibatches_match_published_numbers(path, dtype, how):
     file = dict(np.load(path))
     cases = sorted({k.split("/")[0] for k in file if k.startswith("case")})
     assert cases
     for name in cases:
-        case = Case(file, name, dtype)
+        case = Case(file, name, dtype, how != "automatic", native.load() if how == "kernels" else None)
         loss, solver = case.critic_loss(), solver_of(file, case)
         published_ihvp = case.vector("ihvp")
 
-        columns = None if solver is None else Coordinates.of(solver.columns, torch.device("cpu"))
+        columns = None if solver is None else case.columns(solver.columns)
 
         def solve(v, solver=solver, loss=loss, published_ihvp=published_ihvp, columns=columns):
             return published_ihvp if solver is None else solver.solve(Hessian(loss, Reduction()), v, columns)
@@ -169,7 +201,7 @@ def test_first_nested_steps_match_published_numbers(path):
     for _ in range(int(file["config/nested_updates"])):
         critic = AutogradCriticPass(mlp(weights, case.batch.obs[0])[:, 0], parameters)
         loss = CriticLoss(critic, targets, step / step.sum())
-        steps.step(critic.vjp(loss.cotangent), torch.zeros(()))
+        steps.step(critic.vjp(loss.cotangent), None)
     moved = case.vector("critic") - case.vector("critic_before")
     error = flatten([p.detach() for p in parameters]) - case.vector("critic")
     assert error.norm() <= 1e-3 * moved.norm()

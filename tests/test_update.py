@@ -9,9 +9,10 @@ import pytest
 import torch
 from problems import FLOAT64, SmallPlayers, random_batch
 
+from blpo_rllib.core import native
 from blpo_rllib.core.adam import AdamSteps
 from blpo_rllib.core.curvature import GaussNewton, Hessian
-from blpo_rllib.core.gae import AdvantageOperator
+from blpo_rllib.core.gae import BlockwiseAdvantage, Masks
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss
 from blpo_rllib.core.ihvp import ConjugateGradient, Exact, IHVPSolver, Nystrom
 from blpo_rllib.core.minibatch import COUNTS, MINIBATCH_MEANS, UpdateSettings
@@ -38,11 +39,21 @@ class BrokenSolver(IHVPSolver):
 
 
 def make(players, solver=None, curvature=Hessian, compile_=None):
+    """The update of these players, by compiled kernels throughout if they have them."""
     optimizers = [
         torch.optim.Adam(parameters, lr=lr, eps=1e-5, fused=True)
         for parameters, lr in ((players.actor_parameters, 3e-3), (players.critic_parameters, 1e-2))
     ]
-    return BilevelUpdate(players, *optimizers, curvature, solver, np.random.default_rng(0), Reduction(), compile_)
+    return BilevelUpdate(
+        players,
+        *optimizers,
+        curvature,
+        solver,
+        np.random.default_rng(0),
+        Reduction(),
+        compile_,
+        players.kernels,
+    )
 
 
 def optimizers_of(update):
@@ -64,6 +75,13 @@ def twins(count=2):
     return players
 
 
+def triplets():
+    """Equal players: differentiated automatically, by hand, and by compiled kernels."""
+    players = twins(3)
+    players[2].kernels = native.load()
+    return players
+
+
 @pytest.mark.parametrize("curvature", [Hessian, GaussNewton])
 @pytest.mark.parametrize(
     "solver",
@@ -80,17 +98,20 @@ def twins(count=2):
     ids=["default", "penalties and clipping", "unbounded"],
 )
 def test_by_hand_equals_automatic(solver, curvature, settings):
-    batch, results = random_batch(num_segments=4), []
-    for players in twins():
+    results = []
+    for players in triplets():
+        torch.manual_seed(0)
+        batch = random_batch(num_segments=4, kernels=players.kernels)
         start = weights(players)
         update = make(players, copy.deepcopy(solver), curvature)
         metrics = [update.run(batch, 2, settings) for _ in range(2)][-1]
         assert not any(metrics[name] for name in COUNTS)
         assert (weights(players) - start).abs().min() > 0, "every parameter must move"
         results.append((weights(players), metrics))
-    (automatic, automatic_metrics), (by_hand, by_hand_metrics) = results
-    torch.testing.assert_close(by_hand, automatic, rtol=1e-7, atol=1e-9)
-    assert by_hand_metrics == pytest.approx(automatic_metrics, rel=1e-5, abs=1e-8)
+    automatic, automatic_metrics = results[0]
+    for by_hand, by_hand_metrics in results[1:]:
+        torch.testing.assert_close(by_hand, automatic, rtol=1e-7, atol=1e-9)
+        assert by_hand_metrics == pytest.approx(automatic_metrics, rel=1e-5, abs=1e-8)
 
 
 def padded(batch, extra):
@@ -110,7 +131,7 @@ def padded(batch, extra):
         batch,
         **{name: pad(getattr(batch, name)) for name in ("obs", "actions", "old_logp", "old_dist_inputs", "rewards")},
         step=step,
-        advantage=AdvantageOperator.of(step, terminated, continues, 0.9, 0.8),
+        advantage=BlockwiseAdvantage.of(Masks(step, terminated, continues), 0.9, 0.8),
     )
 
 
@@ -136,12 +157,14 @@ def test_no_solver_is_nested_ppo_and_a_broken_solver_falls_back_to_it():
     assert (weights(working) - weights(plain)).abs().max() > 1e-6, "a working solver must not fall back"
 
 
+@pytest.mark.parametrize("kernels", [None, native.load()], ids=["torch", "kernels"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_data_reaches_neither_weights_nor_optimizers(bad):
-    batch = random_batch(num_segments=2)
+def test_non_finite_data_reaches_neither_weights_nor_optimizers(bad, kernels):
+    batch = random_batch(num_segments=2, kernels=kernels)
     rewards = batch.rewards.clone()
     rewards[0, 1] = bad
-    poisoned, healthy = twins()
+    healthy, poisoned = twins()
+    poisoned.kernels = kernels
     update = make(poisoned, Nystrom(3))
     metrics = update.run(replace(batch, rewards=rewards), 2, replace(SETTINGS, num_epochs=1))
     # One of the two minibatches is bad: its actor step and its nested critic steps are skipped, the other's are not.
@@ -191,22 +214,25 @@ def test_state_restores_the_next_update_bit_for_bit():
     assert weights(players).dtype == FLOAT64
 
 
-def test_parameters_of_any_memory_layout_and_a_moving_rate():
+@pytest.mark.parametrize("kernels", [None, native.load()], ids=["torch", "kernels"])
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_parameters_of_any_memory_layout_and_a_moving_rate(kernels, max_norm):
     """The fused steps against torch's plain Adam."""
     torch.manual_seed(1)
     mine = [torch.randn(3, 4, dtype=FLOAT64).T.requires_grad_(), torch.randn(3, dtype=FLOAT64).requires_grad_()]
     theirs = [p.detach().clone().requires_grad_() for p in mine]
     fused = torch.optim.Adam(mine, lr=0.1, eps=1e-5, fused=True)
     plain = torch.optim.Adam(theirs, lr=0.1, eps=1e-5, foreach=False)
-    steps = AdamSteps(fused, mine)
+    steps = AdamSteps(fused, mine, kernels)
     for rate in (0.1, 0.1, 0.03):
         for optimizer in (fused, plain):
             optimizer.param_groups[0]["lr"] = rate
         steps.refresh()
         gradient = torch.randn(15, dtype=FLOAT64)
-        steps.step(gradient, torch.zeros(()))
-        steps.step(torch.full_like(gradient, float("nan")), torch.ones(()))
-        theirs[0].grad, theirs[1].grad = gradient[:12].view(4, 3), gradient[12:]
+        assert steps.step(gradient, max_norm) == 0
+        assert steps.step(torch.full_like(gradient, float("nan")), max_norm) == 1
+        clipped = gradient if max_norm is None else gradient / max(1.0, float(gradient.norm()) / max_norm)
+        theirs[0].grad, theirs[1].grad = clipped[:12].view(4, 3), clipped[12:]
         plain.step()
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from blpo_rllib.core.native import DTYPES, Kernels
 from blpo_rllib.core.networks import flatten, unflatten
 
 
@@ -19,10 +20,13 @@ class AdamSteps:
     Args:
         optimizer: torch's Adam with a single parameter group and neither weight decay nor AMSGrad.
         parameters: Its parameters, in the order of the gradients to come.
+        kernels: Compiled functions to step with, used on the CPU in float32 or float64.
     """
 
-    def __init__(self, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]):
+    def __init__(self, optimizer: torch.optim.Adam, parameters: Sequence[Tensor], kernels: Kernels | None = None):
         self._optimizer, self._parameters = optimizer, list(parameters)
+        first = self._parameters[0]
+        self._kernels = kernels if first.device.type == "cpu" and first.dtype in DTYPES else None
         self._lay_out()
         self.refresh()
 
@@ -35,7 +39,8 @@ class AdamSteps:
         # CUDA's kernel reads float32; on CPU float64 keeps the rate exact.
         device = self._step.device
         dtype = torch.float32 if device.type == "cuda" else torch.float64
-        self._lr = torch.as_tensor(group["lr"], dtype=dtype, device=device)
+        self._rate = float(group["lr"])
+        self._lr = torch.as_tensor(self._rate, dtype=dtype, device=device)
 
     def _is_laid_out(self) -> bool:
         """Whether parameters and state are still the views that :meth:`_lay_out` made of them."""
@@ -61,19 +66,37 @@ class AdamSteps:
             parameter.data = value
             self._optimizer.state[parameter] = {"step": self._step, "exp_avg": first, "exp_avg_sq": second}
 
-    def step(self, gradient: Tensor, skip: Tensor) -> None:
-        """One step.
+    def step(self, gradient: Tensor, max_norm: float | None) -> Tensor:
+        """One step, unless the gradient is not finite, which leaves parameters and state as they are.
 
         Args:
             gradient: Flat gradient [n].
-            skip: Scalar float32; 1 leaves parameters and state as they are, 0 makes the step.
+            max_norm: What a longer gradient is scaled down to; None for no clipping.
+
+        Returns:
+            Scalar float32 on the device: 1 if the step was skipped, else 0.
         """
         with torch.no_grad():
+            if self._kernels is not None:
+                return self._native_step(self._kernels, gradient.contiguous(), max_norm)
+            norm = torch.linalg.vector_norm(gradient)
+            skip = torch.isfinite(norm).logical_not().to(torch.float32)
+            if max_norm is not None:
+                gradient = gradient * (max_norm / norm).clamp(max=1.0)
             self._step += 1 - skip
             if torch.compiler.is_compiling():
                 self._traceable_step(gradient, skip)
             else:
                 self._fused_step(gradient, skip)
+            return skip
+
+    def _native_step(self, kernels: Kernels, gradient: Tensor, max_norm: float | None) -> Tensor:
+        skip = torch.empty((), dtype=torch.float32)
+        arrays = self._vector, gradient, self._first, self._second
+        numbers = self._rate, *self._betas, self._epsilon, -1.0 if max_norm is None else max_norm
+        pointers = (x.data_ptr() for x in arrays)
+        kernels("adam", gradient.dtype, *pointers, len(gradient), self._step.data_ptr(), *numbers, skip.data_ptr())
+        return skip
 
     def _fused_step(self, gradient: Tensor, skip: Tensor) -> None:
         torch._fused_adam_(

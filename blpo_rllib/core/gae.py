@@ -10,15 +10,72 @@ episode. Both maps and their transposes are needed to differentiate through the 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from blpo_rllib.core.native import Kernels
+
+
+class AdvantageOperator(ABC):
+    """D, A and their transposes for a batch of segments [B, S]; results are 0 outside steps."""
+
+    @abstractmethod
+    def advantages(self, rewards: Tensor, values: Tensor) -> Tensor:
+        """GAE(w) = A (r + D V), [B, S]."""
+
+    @abstractmethod
+    def tangent(self, values: Tensor) -> Tensor:
+        """A D δV, by which a change of the values changes the advantages, [B, S]."""
+
+    @abstractmethod
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Dᵀ Aᵀ y, [B, S], for y that is 0 outside steps."""
+
+    @property
+    @abstractmethod
+    def _tensors(self) -> list[Tensor]:
+        """What the operator consists of, each [B, ...]."""
+
+    @abstractmethod
+    def _of_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """The operator that consists of these."""
+
+    def permuted(self, order: Tensor) -> Self:
+        """The operators of these segments in another order (int64)."""
+        return self._of_tensors([x[order] for x in self._tensors])
+
+    def split(self, size: int) -> list[Self]:
+        """The operators of consecutive batches of ``size`` segments each."""
+        return [self._of_tensors(part) for part in zip(*(x.split(size) for x in self._tensors), strict=True)]
+
 
 @dataclass(frozen=True)
-class AdvantageOperator:
-    r"""D, A and their transposes for a batch of segments [B, S]; results are 0 outside steps.
+class Masks:
+    """The matrices of a batch of segments, [B, S] each.
+
+    Attributes:
+        step: 1 where the slot is a step, else 0.
+        terminated: 1 where the environment terminated after the step.
+        continues: 1 where the next slot is the next step of the same piece.
+    """
+
+    step: Tensor
+    terminated: Tensor
+    continues: Tensor
+
+    def next(self, gamma: float) -> Tensor:
+        """What D multiplies V_{t+1} by: γ (1 − d)."""
+        return gamma * (1 - self.terminated) * self.step
+
+
+@dataclass(frozen=True)
+class BlockwiseAdvantage(AdvantageOperator):
+    r"""The operators as products with matrices, for any device.
 
     Unrolled, :math:`A_{ij} = (\gamma\lambda)^{j-i}` for :math:`j \ge i` in the same piece, else 0. A is applied in
     blocks of about :math:`\sqrt S` slots: one product within all blocks, one across their first slots, one to carry
@@ -32,21 +89,14 @@ class AdvantageOperator:
     _carry: Tensor
 
     @classmethod
-    def of(cls, step: Tensor, terminated: Tensor, continues: Tensor, gamma: float, lambda_: float) -> AdvantageOperator:
-        """The operators of given segments.
-
-        Args:
-            step: [B, S], 1 where the slot is a step, else 0.
-            terminated: [B, S], 1 where the environment terminated after the step.
-            continues: [B, S], 1 where the next slot is the next step of the same piece.
-            gamma: Discount in [0, 1].
-            lambda_: GAE's lambda in [0, 1].
-        """
+    def of(cls, masks: Masks, gamma: float, lambda_: float) -> BlockwiseAdvantage:
+        """The operators of given segments, with discount ``gamma`` and GAE's ``lambda_`` in [0, 1]."""
+        step = masks.step
         num_segments, width = step.shape
         block = math.isqrt(width - 1) + 1
         num_blocks = -(-width // block)
         # Slots of one piece share a number.
-        breaks = 1 - torch.nn.functional.pad(continues, (0, num_blocks * block - width))
+        breaks = 1 - torch.nn.functional.pad(masks.continues, (0, num_blocks * block - width))
         piece = (breaks.cumsum(1) - breaks).view(num_segments, num_blocks, block)
         first = piece[:, :, 0]
         following = torch.nn.functional.pad(first[:, 1:], (0, 1), value=-1)
@@ -54,7 +104,7 @@ class AdvantageOperator:
         decay = torch.as_tensor(gamma * lambda_, dtype=step.dtype, device=step.device)
         return cls(
             _step=step,
-            _next=gamma * (1 - terminated) * step,
+            _next=masks.next(gamma),
             _within=_powers(decay, block) * (piece[..., None] == piece[..., None, :]),
             _across=_powers(decay**block, num_blocks) * (first[..., None] == first[..., None, :]),
             _carry=decay ** torch.arange(block, 0, -1, device=step.device) * (piece == following[..., None]),
@@ -64,39 +114,36 @@ class AdvantageOperator:
     def _tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
 
-    def permuted(self, order: Tensor) -> AdvantageOperator:
-        """The operators of these segments in another order (int64)."""
-        return AdvantageOperator(*(x[order] for x in self._tensors))
+    def _of_tensors(self, tensors: Sequence[Tensor]) -> BlockwiseAdvantage:
+        return BlockwiseAdvantage(*tensors)
 
-    def split(self, size: int) -> list[AdvantageOperator]:
-        """The operators of consecutive batches of ``size`` segments each."""
-        return [AdvantageOperator(*part) for part in zip(*(x.split(size) for x in self._tensors), strict=True)]
+    def advantages(self, rewards: Tensor, values: Tensor) -> Tensor:
+        return self._accumulate(self._step * rewards + self._td(values))
 
-    def td(self, values: Tensor) -> Tensor:
-        """D V, [B, S] to [B, S]."""
+    def tangent(self, values: Tensor) -> Tensor:
+        return self._accumulate(self._td(values))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        z = self._accumulate_adjoint(y)
+        return _behind(self._next * z) - self._step * z
+
+    def _td(self, values: Tensor) -> Tensor:
+        """D V."""
         return self._next * _ahead(values) - self._step * values
 
-    def td_adjoint(self, y: Tensor) -> Tensor:
-        """Dᵀ y, [B, S] to [B, S]."""
-        return _behind(self._next * y) - self._step * y
-
-    def accumulate(self, delta: Tensor) -> Tensor:
-        """A δ, [B, S] to [B, S], for δ that is 0 outside steps."""
+    def _accumulate(self, delta: Tensor) -> Tensor:
+        """A δ, for δ that is 0 outside steps."""
         local = (self._within @ self._blocks(delta))[..., 0]
         starts = (self._across @ local[:, :, :1])[..., 0]
         return self._slots(local + self._carry * _ahead(starts)[..., None], delta)
 
-    def accumulate_adjoint(self, y: Tensor) -> Tensor:
-        """Aᵀ y, [B, S] to [B, S]."""
+    def _accumulate_adjoint(self, y: Tensor) -> Tensor:
+        """Aᵀ y."""
         blocks = self._blocks(y)[..., 0]
         starts = _behind((self._carry * blocks).sum(-1))
         first = blocks[:, :, :1] + self._across.mT @ starts[..., None]
         blocks = torch.cat([first, blocks[:, :, 1:]], -1)
         return self._slots((self._within.mT @ blocks[..., None])[..., 0], y)
-
-    def advantages(self, rewards: Tensor, values: Tensor) -> Tensor:
-        """GAE(w) = A (r + D V), [B, S]; 0 outside steps."""
-        return self.accumulate(self._step * rewards + self.td(values))
 
     def _blocks(self, x: Tensor) -> Tensor:
         """[B, S] to [B, number of blocks, block, 1]."""
@@ -105,6 +152,53 @@ class AdvantageOperator:
 
     def _slots(self, blocks: Tensor, like: Tensor) -> Tensor:
         return blocks.flatten(1)[:, : like.shape[1]]
+
+
+@dataclass(frozen=True)
+class RecurrentAdvantage(AdvantageOperator):
+    """The operators as recurrences over time, in compiled kernels, on the CPU. Make it with :meth:`of`."""
+
+    _kernels: Kernels
+    _step: Tensor
+    _next: Tensor
+    _decay: Tensor
+
+    @classmethod
+    def of(cls, masks: Masks, gamma: float, lambda_: float, kernels: Kernels) -> RecurrentAdvantage:
+        """The operators of given segments, with discount ``gamma`` and GAE's ``lambda_`` in [0, 1]."""
+        decay = gamma * lambda_ * masks.continues
+        return cls(kernels, *(x.contiguous() for x in (masks.step, masks.next(gamma), decay)))
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [self._step, self._next, self._decay]
+
+    def _of_tensors(self, tensors: Sequence[Tensor]) -> RecurrentAdvantage:
+        return RecurrentAdvantage(self._kernels, *tensors)
+
+    def advantages(self, rewards: Tensor, values: Tensor) -> Tensor:
+        return self._run("advantages", rewards, values)
+
+    def tangent(self, values: Tensor) -> Tensor:
+        return self._run("advantages", None, values)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self._run("adjoint", y)
+
+    def _run(self, name: str, *inputs: Tensor | None) -> Tensor:
+        # Bound to a name: a temporary would be gone before the kernel reads it.
+        inputs = tuple(None if x is None else x.contiguous() for x in inputs)
+        out = torch.empty_like(self._step)
+        pointers = (None if x is None else x.data_ptr() for x in (*inputs, *self._tensors))
+        self._kernels(name, out.dtype, *pointers, *out.shape, out.data_ptr())
+        return out
+
+
+def advantage_operator(masks: Masks, gamma: float, lambda_: float, kernels: Kernels | None) -> AdvantageOperator:
+    """The operators of given segments, by ``kernels`` where there are any."""
+    if kernels is None:
+        return BlockwiseAdvantage.of(masks, gamma, lambda_)
+    return RecurrentAdvantage.of(masks, gamma, lambda_, kernels)
 
 
 def _powers(base: Tensor, size: int) -> Tensor:

@@ -92,6 +92,8 @@ class Hypergradient:
         grad_critic: v = ∇_w J, [p].
         ihvp: x ≈ (∇²_ww L + ρI)⁻¹ v, [p].
         mixed_product: ∇²_θw L · x before the bound, [q].
+        mixed_norm: ‖mixed_product‖.
+        actor_norm: ‖g_θ‖.
         scale: What the bound leaves of it: the correction applied is scale · mixed_product; 0 if it is not finite.
         direction: g_θ − the correction, the hypergradient, [q].
     """
@@ -102,6 +104,8 @@ class Hypergradient:
     grad_critic: Tensor
     ihvp: Tensor
     mixed_product: Tensor
+    mixed_norm: Tensor
+    actor_norm: Tensor
     scale: Tensor
     direction: Tensor
 
@@ -134,7 +138,7 @@ def leader_critic_gradient(
     loss: CriticLoss, batch: SegmentBatch, surrogate: Surrogate, weights: Tensor, reduction: Reduction
 ) -> Tensor:
     """v = ∇_w J, through the advantages: the critic's vjp with the cotangent Dᵀ Aᵀ (−m · slope)."""
-    cotangent = batch.advantage.td_adjoint(batch.advantage.accumulate_adjoint(-weights * surrogate.slope))
+    cotangent = batch.advantage.adjoint(-weights * surrogate.slope)
     return reduction.sum(loss.critic.vjp(cotangent.flatten()))
 
 
@@ -156,17 +160,17 @@ def mixed_product(
     if cross_clip is not None:
         score = score * surrogate.with_clip(adv, cross_clip).active
     delta_values = loss.critic.jvp(ihvp).view_as(adv)
-    delta_adv = batch.advantage.accumulate(batch.advantage.td(delta_values))
+    delta_adv = batch.advantage.tangent(delta_values)
     residual = (loss.targets - loss.critic.values).view_as(adv)
     slope = delta_adv * residual - adv * delta_values
     return reduction.sum(actor.gradient((score * slope).flatten()))
 
 
-def bound_scale(mixed: Tensor, gradient: Tensor, bound: float | None) -> Tensor:
-    """The factor <= 1 that brings ``mixed`` down to ``bound`` times the norm of ``gradient``; 0 if it is not finite."""
-    norm = mixed.norm()
-    scale = torch.ones_like(norm) if bound is None else (bound * gradient.norm() / norm).clamp(max=1.0)
-    return scale.masked_fill(~torch.isfinite(norm) | (norm == 0), 0.0)
+def bound_scale(mixed_norm: Tensor, gradient_norm: Tensor, bound: float | None) -> Tensor:
+    """The factor <= 1 that brings ‖mixed‖ down to ``bound`` times ‖g_θ‖; 0 if ‖mixed‖ is not finite, or is 0."""
+    scale = torch.ones_like(mixed_norm) if bound is None else (bound * gradient_norm / mixed_norm).clamp(max=1.0)
+    # 0 < x < inf is false for NaN too.
+    return torch.where((mixed_norm > 0) & (mixed_norm < torch.inf), scale, 0.0)
 
 
 def hypergradient(
@@ -198,7 +202,8 @@ def hypergradient(
     grad_critic = leader_critic_gradient(loss, batch, surrogate, weights, reduction)
     ihvp = solve(grad_critic)
     product = mixed_product(actor, loss, batch, adv, surrogate, ihvp, correction.cross_clip, reduction)
-    scale = bound_scale(product, grad_actor, correction.bound)
+    norms = torch.linalg.vector_norm(product), torch.linalg.vector_norm(grad_actor)
+    scale = bound_scale(*norms, correction.bound)
     # nan_to_num: 0 · ∞ is not 0.
     direction = torch.addcmul(grad_actor, scale, product.nan_to_num(0.0, 0.0, 0.0), value=-1)
-    return Hypergradient(adv, surrogate, grad_actor, grad_critic, ihvp, product, scale, direction)
+    return Hypergradient(adv, surrogate, grad_actor, grad_critic, ihvp, product, *norms, scale, direction)

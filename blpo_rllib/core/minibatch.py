@@ -74,8 +74,6 @@ STEP_MEANS = (
     "mean_kl_loss",
     "approx_kl",
     "clip_fraction",
-    "_target",
-    "_target_squared",
     "_residual",
 )
 # The same on every process.
@@ -116,7 +114,9 @@ class Minibatch:
 
 def slots(nested: Any) -> Any:
     """Merges the two leading axes [B, S] of every tensor."""
-    return tree.map_structure(lambda x: x.flatten(0, 1), nested)
+    if isinstance(nested, Tensor):
+        return nested.flatten(0, 1)
+    return tree.map_structure(slots, nested)
 
 
 class MinibatchUpdate:
@@ -162,7 +162,7 @@ class MinibatchUpdate:
         old_dist_inputs = None if settings.leader.kl_coeff is None else batch.old_dist_inputs
         actor = self._players.actor(batch.obs, batch.actions, old_dist_inputs)
         result = self._hypergradient(actor, loss, batch.segments, columns, settings)
-        actor_skip = self._step(self._actor_adam, result.direction, settings)
+        actor_skip = self._actor_adam.step(result.direction, settings.grad_clip)
         metrics = torch.cat(
             [
                 _step_means(loss, actor, result, loss_before, settings.leader.clip),
@@ -186,7 +186,7 @@ class MinibatchUpdate:
             loss = self.critic_loss(batch, weights)
             first = loss.value if first is None else first
             gradient = self._reduction.sum(loss.critic.gradient(loss.cotangent))
-            skips = skips + self._step(self._critic_adam, gradient, settings)
+            skips = skips + self._critic_adam.step(gradient, settings.grad_clip)
         assert first is not None
         return first, skips
 
@@ -203,7 +203,8 @@ class MinibatchUpdate:
             weights = loss.weights.view_as(segments.step)
             surrogate, gradient = leader_gradient(actor, segments, adv, weights, settings.leader, self._reduction)
             none, zero = gradient.new_zeros(0), torch.zeros_like(gradient)
-            return Hypergradient(adv, surrogate, gradient, none, none, zero, zero[0], gradient)
+            norm = torch.linalg.vector_norm(gradient)
+            return Hypergradient(adv, surrogate, gradient, none, none, zero, zero[0], norm, zero[0], gradient)
         solver, curvature = self._solver, self._curvature(loss, self._reduction)
         return hypergradient(
             actor,
@@ -215,15 +216,6 @@ class MinibatchUpdate:
             self._reduction,
         )
 
-    def _step(self, adam: AdamSteps, gradient: Tensor, settings: UpdateSettings) -> Tensor:
-        """One optimizer step; a non-finite gradient leaves weights and optimizer state as they are and returns 1."""
-        norm = gradient.norm()
-        skip = torch.isfinite(norm).logical_not().to(torch.float32)
-        if settings.grad_clip is not None:
-            gradient = gradient * (settings.grad_clip / norm).clamp(max=1.0)
-        adam.step(gradient, skip)
-        return skip
-
 
 def _step_means(
     loss: CriticLoss,
@@ -233,39 +225,35 @@ def _step_means(
     clip: float,
 ) -> Tensor:
     """The values of :data:`STEP_MEANS`."""
-    ratio, log_ratio = result.surrogate.ratio.flatten(), result.surrogate.log_ratio.flatten()
-    residual = loss.targets - loss.critic.values
+    surrogate, residual = result.surrogate, loss.targets - loss.critic.values
+    ratio = surrogate.ratio.flatten()
+    change = ratio - 1
     per_step = torch.stack(
         [
-            -(result.surrogate.slope * result.adv).flatten(),
+            (surrogate.slope * result.adv).flatten().neg(),
             residual.square(),
             actor.entropy,
             torch.zeros_like(ratio) if actor.kl is None else actor.kl,
-            ratio - 1 - log_ratio,
-            ((ratio - 1).abs() > clip).to(ratio.dtype),
-            loss.targets,
-            loss.targets.square(),
+            change - surrogate.log_ratio.flatten(),
+            change.abs() > clip,
             residual,
         ]
     )
-    means = (per_step * loss.weights).sum(1)
-    return torch.cat([loss_before[None], means])
+    return torch.cat([loss_before[None], per_step @ loss.weights])
 
 
 def _minibatch_means(result: Hypergradient) -> Tensor:
-    """The values of :data:`MINIBATCH_MEANS`."""
-    grad_norm, unbounded = result.grad_actor.norm(), result.mixed_product.norm()
-    applied = result.scale * unbounded
-    cosine = (result.mixed_product @ result.grad_actor) / (unbounded * grad_norm)
-    bounded = (result.scale < 1) & (result.scale > 0)
+    """The values of :data:`MINIBATCH_MEANS`, and of the first of :data:`COUNTS`."""
+    scale, unbounded = result.scale, result.mixed_norm
+    cosine = (result.mixed_product @ result.grad_actor) / (unbounded * result.actor_norm)
     return torch.stack(
         [
-            grad_norm,
+            result.actor_norm,
             unbounded,
-            applied,
-            result.direction.norm(),
-            cosine.masked_fill(result.scale == 0, 0.0),
-            bounded.to(applied.dtype),
-            torch.isfinite(unbounded).logical_not().to(applied.dtype),
+            scale * unbounded,
+            torch.linalg.vector_norm(result.direction),
+            torch.where(scale > 0, cosine, 0.0),
+            (scale < 1) & (scale > 0),
+            ~torch.isfinite(unbounded),
         ]
     )

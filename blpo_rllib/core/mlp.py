@@ -85,6 +85,9 @@ class MLP:
     def __init__(self, layers: Sequence[nn.Linear], activations: Sequence[Activation]):
         self.layers, self.activations = list(layers), list(activations)
         self.parameters: list[Tensor] = [p for layer in self.layers for p in (layer.weight, layer.bias)]
+        self.num_parameters = sum(p.numel() for p in self.parameters)
+        # d_0 ... d_L.
+        self.sizes = [self.layers[0].in_features, *(layer.out_features for layer in self.layers)]
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module]) -> MLP | None:
@@ -94,11 +97,6 @@ class MLP:
         activations = [ACTIVATIONS[type(leaf)] for leaf in leaves[1::2] if type(leaf) in ACTIVATIONS]
         alternate = len(layers) + len(activations) == len(leaves) and len(layers) == len(activations) + 1
         return cls(layers, activations) if alternate else None
-
-    @property
-    def sizes(self) -> list[int]:
-        """d_0 ... d_L."""
-        return [self.layers[0].in_features, *(layer.out_features for layer in self.layers)]
 
     def columns(self, indices: np.ndarray) -> Coordinates:
         """The parameters at ``indices`` (int64 [k]) of the flat vector, found layer by layer, on the host."""
@@ -138,23 +136,18 @@ class MLP:
 class MLPPass:
     """A perceptron at one point on n inputs.
 
-    Attributes:
+    Args:
+        mlp: The layers.
+        hidden: h_0 ... h_{L-1}, each [d_l, n].
         output: z_L [d_L, n].
     """
 
-    def __init__(self, mlp: MLP, hidden: list[Tensor], output: Tensor):
-        self._weights = [layer.weight.detach() for layer in mlp.layers]
+    def __init__(self, mlp: MLP, hidden: Sequence[Tensor], output: Tensor):
+        self._mlp, self._hidden, self.output = mlp, hidden, output
         self._activations = mlp.activations
-        # Indexed by layer: h_0 ... h_{L-1}; φ' of layers 1 ... L-1, made when first needed.
-        self._hidden = hidden
-        self._slopes: list[Tensor | None] = [None] * len(hidden)
-        self.output = output
-        self.num_parameters = sum(p.numel() for p in mlp.parameters)
-
-    @property
-    def depth(self) -> int:
-        """L."""
-        return len(self._weights)
+        self.num_parameters, self.depth = mlp.num_parameters, len(mlp.layers)
+        # φ' of layers 1 ... L-1, made when first needed.
+        self._slopes: list[Tensor | None] = [None] * self.depth
 
     def hidden(self, layer: int) -> Tensor:
         """h_l [d_l, n]."""
@@ -162,19 +155,19 @@ class MLPPass:
 
     def weight(self, layer: int) -> Tensor:
         """W_l [d_l, d_{l-1}]."""
-        return self._weights[layer - 1]
+        return self._mlp.layers[layer - 1].weight.detach()
 
     def slope(self, layer: int) -> Tensor:
         """φ'(z_l) [d_l, n]."""
         slope = self._slopes[layer]
         if slope is None:
-            slope = self._slopes[layer] = self._activations[layer - 1].slope(self._hidden[layer])
+            slope = self._slopes[layer] = self._activations[layer - 1].slope(self.hidden(layer))
         return slope
 
     def bend(self, layer: int, cotangent: Tensor) -> Tensor | None:
         """φ''(z_l) ⊙ W_{l+1}ᵀ g_{l+1} = (φ''/φ') ⊙ g_l, by which a tangent of z_l changes g_l; None where it is 0."""
         bend = self._activations[layer - 1].bend
-        return None if bend is None else bend(self._hidden[layer]) * cotangent
+        return None if bend is None else bend(self.hidden(layer)) * cotangent
 
     def cotangents(self, output: Tensor) -> dict[int, Tensor]:
         """g_l by layer l, for the output cotangent g_L [d_L, n]."""

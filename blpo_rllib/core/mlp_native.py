@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from blpo_rllib.core.mlp import ACTIVATIONS, MLP, MLPCriticPass, MLPPass
 from blpo_rllib.core.native import DTYPES, SLOT_MULTIPLE, Kernels, Net
-from blpo_rllib.core.networks import Coordinates
+from blpo_rllib.core.networks import Coordinates, unflatten
 
 # The kernels' numbers of the activations they know.
 _KINDS = {ACTIVATIONS[nn.Tanh]: 0, ACTIVATIONS[nn.ReLU]: 1}
@@ -30,7 +30,30 @@ def critic_pass(mlp: MLP, obs: Tensor, kernels: Kernels | None) -> MLPCriticPass
 
 
 def _is_supported(mlp: MLP, x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in DTYPES and all(p.dtype == x.dtype for p in mlp.parameters)
+    return x.device.type == "cpu" and x.dtype in DTYPES and x.dtype == mlp.parameters[0].dtype
+
+
+class _Shape:
+    """What the kernels need to know of a perceptron, but for its parameters and the number of slots."""
+
+    def __init__(self, mlp: MLP):
+        self._depth = len(mlp.layers)
+        self._sizes = (ctypes.c_int64 * len(mlp.sizes))(*mlp.sizes)
+        self._kinds = (ctypes.c_int64 * len(mlp.activations))(*(_KINDS[a] for a in mlp.activations))
+        self._pointers = ctypes.c_void_p * len(mlp.parameters)
+
+    def net(self, parameters: Sequence[int], num_slots: int) -> Net:
+        """The perceptron with W_1, b_1, ... at these addresses."""
+        return Net(self._depth, self._sizes, self._kinds, self._pointers(*parameters), num_slots)
+
+
+_shapes: WeakKeyDictionary[MLP, _Shape] = WeakKeyDictionary()
+
+
+def _shape_of(mlp: MLP) -> _Shape:
+    if mlp not in _shapes:
+        _shapes[mlp] = _Shape(mlp)
+    return _shapes[mlp]
 
 
 class NativePass(MLPPass):
@@ -43,26 +66,29 @@ class NativePass(MLPPass):
     """
 
     def __init__(self, mlp: MLP, x: Tensor, kernels: Kernels):
-        self._kernels, self._sizes, self._num_inputs = kernels, mlp.sizes, len(x)
-        self._num_slots = -(-len(x) // SLOT_MULTIPLE) * SLOT_MULTIPLE
+        self._kernels, num_inputs = kernels, x.shape[0]
+        self._num_inputs = num_inputs
+        self._num_slots = -(-num_inputs // SLOT_MULTIPLE) * SLOT_MULTIPLE
         # h_0 ... h_{L-1} and z_L, one below the other.
-        self._all_hidden = x.new_empty(sum(self._sizes), self._num_slots)
-        *hidden, output = self._all_hidden[:, : len(x)].split(self._sizes)
-        super().__init__(mlp, hidden, output)
-        self._size_array = (ctypes.c_int64 * len(self._sizes))(*self._sizes)
-        self._kinds = (ctypes.c_int64 * len(mlp.activations))(*(_KINDS[a] for a in mlp.activations))
+        self._all_hidden = x.new_empty(sum(mlp.sizes), self._num_slots)
+        # All but z_L once more, slot by slot, units padded to whole vectors.
+        widths = sum(-(-size // SLOT_MULTIPLE) * SLOT_MULTIPLE for size in mlp.sizes[:-1])
+        self._by_slot = x.new_empty(widths, self._num_slots)
+        super().__init__(mlp, (), self._all_hidden[-mlp.sizes[-1] :, :num_inputs])
         self._net = self._net_with(mlp.parameters)
-        self._call("forward", self._net, x, *x.stride(), len(x), self._all_hidden)
+        outputs = self._all_hidden.data_ptr(), self._by_slot.data_ptr()
+        self._call("forward", self._net, x.data_ptr(), *x.stride(), num_inputs, *outputs)
+
+    def hidden(self, layer: int) -> Tensor:
+        begin = sum(self._mlp.sizes[:layer])
+        return self._all_hidden[begin : begin + self._mlp.sizes[layer], : self._num_inputs]
 
     def _net_with(self, parameters: Sequence[Tensor]) -> Net:
         """The perceptron of this shape that has these parameters, or directions in their place."""
-        pointers = (ctypes.c_void_p * len(parameters))(*(p.data_ptr() for p in parameters))
-        arrays = self._size_array, self._kinds, pointers
-        return Net(self.depth, *(ctypes.addressof(a) for a in arrays), self._num_slots, arrays)
+        return _shape_of(self._mlp).net([p.data_ptr() for p in parameters], self._num_slots)
 
-    def _call(self, name: str, net: Net, *args: Tensor | int | None) -> None:
-        plain = (a.data_ptr() if isinstance(a, Tensor) else a for a in args)
-        self._kernels(name, self._all_hidden.dtype, ctypes.addressof(net), *plain)
+    def _call(self, name: str, net: Net, *args: int | None) -> None:
+        self._kernels(name, self._all_hidden.dtype, net.address, *args)
 
     def padded(self, x: Tensor) -> Tensor:
         """[..., n] to [..., N], with zeros."""
@@ -70,9 +96,18 @@ class NativePass(MLPPass):
 
     def _run_backward(self, output: Tensor, gradient: Tensor | None) -> Tensor:
         """g_1 ... g_L for g_L = ``output`` [d_L, n], one below the other [., N]; fills ``gradient`` [p] if given."""
-        cotangents = output.new_empty(sum(self._sizes[1:]), self._num_slots)
+        cotangents = output.new_empty(self._all_hidden.shape[0] - self._mlp.sizes[0], self._num_slots)
         output = output.contiguous()
-        self._call("backward", self._net, self._all_hidden, output, self._num_inputs, cotangents, gradient)
+        self._call(
+            "backward",
+            self._net,
+            self._all_hidden.data_ptr(),
+            self._by_slot.data_ptr(),
+            output.data_ptr(),
+            self._num_inputs,
+            cotangents.data_ptr(),
+            None if gradient is None else gradient.data_ptr(),
+        )
         return cotangents
 
     def backward(self, output: Tensor) -> Tensor:
@@ -82,35 +117,45 @@ class NativePass(MLPPass):
 
     def unit_cotangents(self) -> Tensor:
         """G_1 ... G_L, one below the other [., N]."""
-        return self._run_backward(torch.ones_like(self.output, memory_format=torch.contiguous_format), None)
+        return self._run_backward(self.output.new_ones(self.output.shape), None)
 
     def by_layer(self, cotangents: Tensor) -> dict[int, Tensor]:
         """Views [d_l, n] by layer l of arrays that stand one below the other."""
-        return dict(enumerate(cotangents[:, : self._num_inputs].split(self._sizes[1:]), start=1))
+        return dict(enumerate(cotangents[:, : self._num_inputs].split(self._mlp.sizes[1:]), start=1))
 
     def scaled_gradients(self, cotangents: Tensor, scale: Tensor) -> Tensor:
         """The gradients of all layers, [k, p], for g_l = ``cotangents`` times each of ``scale`` [k, n]."""
-        gradients = scale.new_zeros(len(scale), self.num_parameters)
+        gradients, scale = scale.new_zeros(scale.shape[0], self.num_parameters), self.padded(scale)
         self._call(
-            "scaled_gradients", self._net, self._all_hidden, cotangents, self.padded(scale), len(scale), gradients
+            "scaled_gradients",
+            self._net,
+            self._by_slot.data_ptr(),
+            cotangents.data_ptr(),
+            scale.data_ptr(),
+            scale.shape[0],
+            gradients.data_ptr(),
         )
         return gradients
 
     def jvp(self, cotangents: Tensor, direction: Sequence[Tensor]) -> Tensor:
-        """Σ_l Σ_units g_l ⊙ (δW_l h_{l-1} + δb_l), [n], for δW_1, δb_1, ... in ``direction``."""
+        """Σ_l Σ_units g_l ⊙ (δW_l h_{l-1} + δb_l), [n], for contiguous δW_1, δb_1, ... in ``direction``."""
         product = cotangents.new_empty(self._num_slots)
-        self._call("jvp", self._net_with(direction), self._all_hidden, cotangents, product)
+        arrays = self._all_hidden, cotangents, product
+        self._call("jvp", self._net_with(direction), *(x.data_ptr() for x in arrays))
         return product[: self._num_inputs]
 
     def second_order_rows(self, places: Tensor, cotangents: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """:meth:`CriticPass.second_order_rows` for the parameters at ``places``: see :class:`Coordinates`."""
         rows = first.new_zeros(len(places), self.num_parameters)
-        workspace = cotangents.new_empty(4, *cotangents.shape)
-        first, second = self.padded(first), self.padded(second)
+        workspace = cotangents.new_empty(4 * cotangents.numel() + self._by_slot.numel())
+        inputs = self._all_hidden, self._by_slot, cotangents, self.padded(first), self.padded(second), places
         self._call(
             "second_order_rows",
             self._net,
-            *(self._all_hidden, cotangents, first, second, places, len(places), workspace, rows),
+            *(x.data_ptr() for x in inputs),
+            len(places),
+            workspace.data_ptr(),
+            rows.data_ptr(),
         )
         return rows
 
@@ -140,12 +185,11 @@ class NativeCriticPass(MLPCriticPass):
         return self._native.by_layer(self._all_g)
 
     def vjp(self, cotangent: Tensor) -> Tensor:
-        gradients = self._native.scaled_gradients(self._all_g, torch.atleast_2d(cotangent))
+        gradients = self._native.scaled_gradients(self._all_g, cotangent.view(-1, cotangent.shape[-1]))
         return gradients.view(*cotangent.shape[:-1], -1)
 
     def jvp(self, tangent: Tensor) -> Tensor:
-        direction = [x for pair in self._direction(tangent.contiguous()) for x in pair]
-        return self._native.jvp(self._all_g, direction)
+        return self._native.jvp(self._all_g, unflatten(tangent.contiguous(), self._mlp.parameters))
 
     def second_order_rows(self, columns: Coordinates, first: Tensor, second: Tensor) -> Tensor:
         assert columns.places is not None

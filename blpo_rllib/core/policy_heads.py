@@ -81,13 +81,16 @@ class GaussianTerms(HeadTerms):
     def at(cls, actions: Tensor, clip: Tensor, mean: Tensor, log_std: Tensor | None) -> GaussianTerms:
         """For actions [n, d], means [d, n], and a log-std [d, n] that is clipped to ±``clip``."""
         assert log_std is not None
+        # The same in all slots, [d, 1].
+        log_std = log_std[:, :1]
         clipped = log_std.clamp(-clip, clip)
         precision = (-clipped).exp()
         deviation = (actions.T - mean) * precision
-        half_log_tau = 0.5 * math.log(2 * math.pi)
+        entropy = (clipped + (0.5 + 0.5 * math.log(2 * math.pi))).sum()
+        # log π = −½ Σ (deviation² − 1) − entropy
         return cls(
-            logp=-(0.5 * deviation.square() + clipped + half_log_tau).sum(0),
-            entropy=(clipped + (0.5 + half_log_tau)).sum(0),
+            logp=0.5 * len(mean) - entropy - 0.5 * deviation.square().sum(0),
+            entropy=entropy.expand(mean.shape[1]),
             _deviation=deviation,
             _precision=precision,
             _inside=(log_std.abs() <= clip).to(mean.dtype),
@@ -95,7 +98,7 @@ class GaussianTerms(HeadTerms):
 
     def scores(self, term: int) -> tuple[Tensor, Tensor | None]:
         if term == ENTROPY:
-            return torch.zeros_like(self._deviation), self._inside
+            return torch.zeros_like(self._deviation), self._inside.expand_as(self._deviation)
         return self._deviation * self._precision, (self._deviation.square() - 1) * self._inside
 
 

@@ -24,6 +24,7 @@ from blpo_rllib.core.minibatch import (
     UpdateSettings,
     slots,
 )
+from blpo_rllib.core.native import Kernels
 from blpo_rllib.core.networks import Coordinates
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentBatch
@@ -66,6 +67,7 @@ class BilevelUpdate:
         generator: Source of the segments' order and of the solver's coordinates.
         reduction: Sums over the processes that share each minibatch.
         compile_: ``torch.compile`` with its options bound, to compile the minibatch update; None to run it as it is.
+        kernels: Compiled functions for the optimizers' steps on the CPU.
     """
 
     def __init__(
@@ -78,12 +80,13 @@ class BilevelUpdate:
         generator: np.random.Generator,
         reduction: Reduction,
         compile_: Callable[..., Any] | None = None,
+        kernels: Kernels | None = None,
     ):
         self._players, self._curvature, self._solver = players, curvature, solver
         self._generator, self._reduction = generator, reduction
         self._adams = (
-            AdamSteps(actor_optimizer, players.actor_parameters),
-            AdamSteps(critic_optimizer, players.critic_parameters),
+            AdamSteps(actor_optimizer, players.actor_parameters, kernels),
+            AdamSteps(critic_optimizer, players.critic_parameters, kernels),
         )
         self._minibatch_update = MinibatchUpdate(players, *self._adams, curvature, solver, reduction)
         self._take_minibatch: Callable[..., Any] = self._minibatch_update
@@ -111,7 +114,9 @@ class BilevelUpdate:
         for minibatch in self._minibatches(batch, targets, size, settings.num_epochs):
             metrics, v, x = self._take_minibatch(minibatch, self._draw_columns(), settings)
             sums = sums + metrics
-        metrics_by_name = self._metrics(sums, settings.num_epochs * num_minibatches)
+        metrics_by_name = self._metrics(
+            sums, settings.num_epochs * num_minibatches, _moments(targets.nan_to_num(0.0, 0.0, 0.0), batch.step)
+        )
         if self._solver is not None:
             metrics_by_name["ihvp_relative_residual"] = self._ihvp_residual(minibatch, self._solver, v, x)
         return metrics_by_name
@@ -153,13 +158,15 @@ class BilevelUpdate:
             for segments, part in zip(shuffled.split(size), shuffled_targets.split(size), strict=True):
                 yield Minibatch.of(segments, part)
 
-    def _metrics(self, sums: Tensor, num_updates: int) -> dict[str, float]:
-        local = self._reduction.sum(sums[: len(STEP_MEANS)])
-        values = torch.cat([local, sums[len(STEP_MEANS) :]]).tolist()
+    def _metrics(self, sums: Tensor, num_updates: int, target_moments: Tensor) -> dict[str, float]:
+        num_means = len(STEP_MEANS)
+        local = self._reduction.sum(torch.cat([sums[:num_means], target_moments]))
+        values = torch.cat([local, sums[num_means:]]).tolist()
+        moments = [values.pop(num_means) for _ in target_moments]
         metrics = dict(zip(STEP_MEANS + MINIBATCH_MEANS + COUNTS, values, strict=True))
         for name in STEP_MEANS + MINIBATCH_MEANS:
             metrics[name] /= num_updates
-        target_variance = metrics.pop("_target_squared") - metrics.pop("_target") ** 2
+        target_variance = moments[2] / moments[0] - (moments[1] / moments[0]) ** 2
         residual_variance = metrics["vf_loss_after_nesting"] - metrics.pop("_residual") ** 2
         metrics["vf_explained_var"] = 1 - residual_variance / target_variance if target_variance > 0 else float("nan")
         metrics["vf_loss"] = metrics["vf_loss_after_nesting"]
@@ -170,3 +177,8 @@ class BilevelUpdate:
         loss = self._minibatch_update.critic_loss(batch, step_weights(batch.segments, self._reduction))
         residual = self._curvature(loss, self._reduction).matvec(x) + solver.damping * x - v
         return float(residual.norm() / v.norm())
+
+
+def _moments(x: Tensor, step: Tensor) -> Tensor:
+    """Σ 1, Σ x and Σ x² over steps, [3]."""
+    return torch.stack([step.sum(), (step * x).sum(), (step * x.square()).sum()])

@@ -28,7 +28,7 @@ class CriticLoss:
     @property
     def cotangent(self) -> Tensor:
         """∂L/∂V = −2 m (y − V), [n]."""
-        return 2 * self.weights * (self.critic.values - self.targets)
+        return (self.critic.values - self.targets).mul_(self.weights).mul_(2)
 
     @property
     def value(self) -> Tensor:

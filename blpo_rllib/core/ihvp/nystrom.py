@@ -53,12 +53,13 @@ class Nystrom(IHVPSolver):
 
     def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None) -> Tensor:
         assert columns is not None
-        c = curvature.rows(columns)
-        shift = self.core_shift * torch.eye(self.rank, dtype=v.dtype, device=v.device)
-        core = c[:, columns.index] + shift + c @ c.T / self.damping
+        c, rho = curvature.rows(columns), self.damping
+        # M + δI + C Cᵀ/ρ
+        core = torch.addmm(c.index_select(1, columns.index), c, c.T, alpha=1 / rho)
+        core.diagonal().add_(self.core_shift)
         # solve_ex: a singular core gives non-finite numbers, which the caller catches, instead of a device sync.
         y, _ = torch.linalg.solve_ex(core, c @ v)
-        return v / self.damping - y @ c / self.damping**2
+        return torch.addmv(v, c.T, y, beta=1 / rho, alpha=-1 / rho**2)
 
     def get_state(self) -> dict[str, Any]:
         return {"columns": self.columns}

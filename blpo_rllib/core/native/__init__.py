@@ -1,4 +1,4 @@
-"""Compiled passes of perceptrons for CPUs: ``perceptron.cpp``, built on first use and kept for later runs.
+"""Compiled functions for CPUs: the C++ files beside this one, built on first use and kept for later runs.
 
 On networks of reinforcement learning's usual size an update is bound by the dispatch of small tensor operations, not by
 arithmetic. Each function here takes a minibatch through all layers in one call.
@@ -22,7 +22,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("perceptron.cpp")
+_SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 # -ffp-contract=fast: a multiplication and an addition become one instruction, as in any BLAS.
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
@@ -31,32 +31,49 @@ _FLAGS = (
 # What arrays of slots are padded to: whole vectors of any instruction set, in either precision.
 SLOT_MULTIPLE = 16
 
-_pointer, _integer = ctypes.c_void_p, ctypes.c_int64
+_pointer, _integer, _number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _ARGUMENTS = {
-    "forward": [_pointer, _pointer, _integer, _integer, _integer, _pointer, _integer],
-    "backward": [_pointer, _pointer, _pointer, _integer, _pointer, _pointer, _integer],
+    "forward": [_pointer, _pointer, _integer, _integer, _integer, _pointer, _pointer, _integer],
+    "backward": [*[_pointer] * 4, _integer, _pointer, _pointer, _integer],
     "jvp": [_pointer, _pointer, _pointer, _pointer, _integer],
     "scaled_gradients": [_pointer, _pointer, _pointer, _pointer, _integer, _pointer, _integer],
-    "second_order_rows": [*[_pointer] * 6, _integer, _pointer, _pointer, _integer],
+    "second_order_rows": [*[_pointer] * 7, _integer, _pointer, _pointer, _integer],
+    "advantages": [*[_pointer] * 5, _integer, _integer, _pointer, _integer],
+    "adjoint": [*[_pointer] * 4, _integer, _integer, _pointer, _integer],
+    "adam": [*[_pointer] * 4, _integer, _pointer, *[_number] * 5, _pointer, _integer],
 }
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 
-class Net(ctypes.Structure):
-    """The C++ side's view of a perceptron: see ``Net`` there. ``arrays`` only keeps alive what it points to."""
-
+class _Net(ctypes.Structure):
     _fields_ = (
         ("depth", _integer),
         ("sizes", _pointer),
         ("activations", _pointer),
         ("parameters", _pointer),
         ("slots", _integer),
-        ("arrays", ctypes.py_object),
     )
 
 
+class Net:
+    """The C++ side's view of a perceptron: see ``Net`` in ``perceptron.cpp``.
+
+    Args:
+        depth: L.
+        sizes: d_0 ... d_L, as an array of C integers.
+        activations: Numbers of the activations of layers 1 ... L − 1, likewise.
+        parameters: Addresses of W_1, b_1, ..., likewise.
+        num_slots: N.
+    """
+
+    def __init__(self, depth: int, sizes: Any, activations: Any, parameters: Any, num_slots: int):
+        self._arrays = sizes, activations, parameters
+        self._struct = _Net(depth, *map(ctypes.addressof, self._arrays), num_slots)
+        self.address = ctypes.addressof(self._struct)
+
+
 class Kernels:
-    """The functions of ``perceptron.cpp`` in float32 and float64.
+    """The functions of the C++ files in float32 and float64.
 
     Args:
         library: The shared library.
@@ -66,7 +83,7 @@ class Kernels:
     """
 
     def __init__(self, library: Path):
-        # Symbols of OpenMP are those that torch has loaded: a second runtime would fight with its threads for the cores.
+        # OpenMP's symbols are found in the runtime that torch has loaded: a second one would fight it for the cores.
         functions = ctypes.CDLL(str(library))
         self._functions = {
             (name, dtype): getattr(functions, f"blpo_{name}_{suffix}")
@@ -89,7 +106,7 @@ def load() -> Kernels | None:
     except (OSError, subprocess.CalledProcessError) as error:
         detail = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         logger.warning(
-            "BLPO's CPU kernels could not be built, plain torch operations take their place (slower, same results): %s. "
+            "BLPO's CPU kernels could not be built, torch operations take their place (slower, same results): %s. "
             "A C++17 compiler (g++) is needed; native_kernels=False turns this off.",
             detail,
         )
@@ -100,13 +117,13 @@ def _built() -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise FileNotFoundError(f"no C++ compiler: {os.environ.get('CXX', 'g++')!r} is not on the PATH")
-    library = _cache() / f"perceptron-{_fingerprint(compiler)}.so"
+    library = _cache() / f"kernels-{_fingerprint(compiler)}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / library.name
             subprocess.run(
-                [compiler, *_FLAGS, str(_SOURCE), "-o", str(built)], check=True, capture_output=True, text=True
+                [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(built)], check=True, capture_output=True, text=True
             )
             # Whole or not at all, whoever else builds at the same time.
             os.replace(built, library)
@@ -123,5 +140,5 @@ def _fingerprint(compiler: str) -> str:
     processor = Path("/proc/cpuinfo")
     lines = processor.read_text().splitlines() if processor.exists() else [platform.processor()]
     features = next((x for x in lines if x.startswith(("flags", "Features"))), lines[0])
-    parts = [_SOURCE.read_text(), " ".join(_FLAGS), version, platform.machine(), features]
+    parts = [*(x.read_text() for x in _SOURCES), " ".join(_FLAGS), version, platform.machine(), features]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

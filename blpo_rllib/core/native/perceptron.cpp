@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
+#include <utility>
 
 namespace {
 
@@ -19,13 +19,14 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-// Accumulators of a register tile: 24 of the 32 vector registers of AVX-512 and NEON, 12 of the 16 of AVX.
+// Accumulators of a register tile: 24 and 16 of the 32 vector registers of AVX-512 and NEON, 12 and 8 of AVX's 16.
 constexpr bool kManyRegisters = kVectorBytes != 32;
-constexpr int kUnits = kManyRegisters ? 8 : 4;        // product: units ...
-constexpr int kVectors = 3;                           // ... by vectors of slots
-constexpr int kRows = 4;                              // gradient: units of layer l ...
-constexpr int kColumns = kManyRegisters ? 6 : 3;      // ... by units of layer l - 1
-constexpr int64_t kChunk = 1024;                      // slots summed over before the next pair of units
+constexpr int kUnits = kManyRegisters ? 8 : 4;    // product: units ...
+constexpr int kVectors = 3;                       // ... by vectors of slots
+constexpr int kRows = kManyRegisters ? 8 : 4;     // gradient: units of layer l ...
+constexpr int kColumns = 2;                       // ... by vectors of units of layer l - 1
+constexpr int kGroup = 16;                        // units of layer l that one thread takes at a time
+constexpr int64_t kChunk = 128;                   // slots summed over before the next units: what the L1 cache holds
 
 template <class T, int Bytes>
 struct VectorOf;
@@ -51,19 +52,27 @@ inline void store(T* p, Vector<T> v) {
   *reinterpret_cast<Vector<T>*>(p) = v;
 }
 
-template <class T, int Bytes>
-inline T sum_of_lanes(typename VectorOf<T, Bytes>::type v) {
-  if constexpr (Bytes == sizeof(T) * 2) {
-    return v[0] + v[1];
-  } else {
-    typename VectorOf<T, Bytes / 2>::type half[2];
-    std::memcpy(half, &v, Bytes);
-    return sum_of_lanes<T, Bytes / 2>(half[0] + half[1]);
-  }
+// Swaps the blocks of D lanes that stand crosswise in two rows.
+template <class T, int D, int... L>
+inline void swap_blocks(Vector<T>& a, Vector<T>& b, std::integer_sequence<int, L...>) {
+  constexpr int n = kLanes<T>;
+  const Vector<T> upper = __builtin_shufflevector(a, b, ((L & D) ? n + (L ^ D) : L)...);
+  b = __builtin_shufflevector(a, b, ((L & D) ? n + L : (L ^ D))...);
+  a = upper;
+}
+// Transposes a square of lanes x lanes numbers.
+template <class T, int D = kLanes<T> / 2>
+inline void transpose(Vector<T> (&x)[kLanes<T>]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i)
+    if (!(i & D)) swap_blocks<T, D>(x[i], x[i + D], std::make_integer_sequence<int, kLanes<T>>());
+  if constexpr (D > 1) transpose<T, D / 2>(x);
 }
 template <class T>
 inline T lane_sum(Vector<T> v) {
-  return sum_of_lanes<T, kVectorBytes>(v);
+  T total = 0;
+  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
+  return total;
 }
 
 // tanh z = 1 - 2 / (exp(2 z) + 1), to within rounding of 1; exp by Cody and Waite's reduction and a polynomial.
@@ -125,6 +134,13 @@ struct Net {
   int64_t offset(int64_t layer, int64_t first) const {
     int64_t units = 0;
     for (int64_t l = first; l < layer; ++l) units += sizes[l];
+    return units * slots;
+  }
+  // Units of layer l in whole vectors, and where it stands in an array of layers slot by slot, [N, units in vectors].
+  int64_t width(int64_t layer) const { return (sizes[layer] + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
+  int64_t offset_by_slot(int64_t layer, int64_t first) const {
+    int64_t units = 0;
+    for (int64_t l = first; l < layer; ++l) units += width(l);
     return units * slots;
   }
   int64_t num_parameters() const {
@@ -191,100 +207,120 @@ inline void for_tiles(const Net<T>& net, const Work& work) {
   }
 }
 
-// R x C entries of sum_s scale[s] g[o, s] h[i, s] over the slots [begin, end), added to out[o * ld + i].
-template <class T, int R, int C, bool Scaled>
-inline void block_of_gradient(const T* g, const T* h, const T* scale, int64_t slots, int64_t begin, int64_t end,
-                              T* out, int64_t ld) {
-  Vector<T> acc[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) acc[r][c] = Vector<T>{};
-  for (int64_t s = begin; s < end; s += kLanes<T>) {
-    Vector<T> x[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      x[r] = load<T>(g + r * slots + s);
-      if constexpr (Scaled) x[r] *= load<T>(scale + s);
+// Copies one tile of x [units, N] to y [N, width] slot by slot; both point at the tile's first slot.
+template <class T>
+inline void turn(const T* x, int64_t slots, int64_t units, int vectors, T* y, int64_t width) {
+  for (int64_t unit = 0; unit < units; unit += kLanes<T>)
+    for (int64_t s = 0; s < vectors * kLanes<T>; s += kLanes<T>) {
+      Vector<T> square[kLanes<T>];
+      for (int64_t i = 0; i < kLanes<T>; ++i)
+        square[i] = unit + i < units ? load<T>(x + (unit + i) * slots + s) : Vector<T>{};
+      transpose<T>(square);
+      for (int64_t i = 0; i < kLanes<T>; ++i) store<T>(y + (s + i) * width + unit, square[i]);
     }
-#pragma GCC unroll 6
-    for (int c = 0; c < C; ++c) {
-      const Vector<T> y = load<T>(h + c * slots + s);
+}
+
+// R units by V vectors of sum_s scale[s] g[o, s] h[s, i] over `count` slots, added to out[o * inputs + i], i < columns.
+template <class T, int R, int V, bool Scaled>
+inline void block_of_gradient(const T* g, int64_t slots, const T* h, int64_t width, const T* scale, int64_t count,
+                              int64_t columns, T* out, int64_t inputs) {
+  Vector<T> acc[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) acc[r][v] = Vector<T>{};
+  for (int64_t s = 0; s < count; ++s) {
+    Vector<T> x[V];
+    for (int v = 0; v < V; ++v) {
+      x[v] = load<T>(h + s * width + v * kLanes<T>);
+      if constexpr (Scaled) x[v] *= scale[s];
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const T weight = g[r * slots + s];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r][c] += x[r] * y;
+      for (int v = 0; v < V; ++v) acc[r][v] += weight * x[v];
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) out[r * ld + c] += lane_sum<T>(acc[r][c]);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      T* place = out + r * inputs + v * kLanes<T>;
+      const int64_t left = columns - v * kLanes<T>;
+      if (left >= kLanes<T>) store<T>(place, load<T>(place) + acc[r][v]);
+      else
+        for (int64_t i = 0; i < left; ++i) place[i] += acc[r][v][i];
+    }
 }
 
 template <class T, int R, bool Scaled>
-inline void rows_of_gradient(const T* g, const T* h, const T* scale, int64_t slots, int64_t inputs, T* weight,
-                             int64_t ld, T* bias) {
+inline void rows_of_gradient(const T* g, int64_t slots, const T* h, const T* scale, int64_t count, int64_t inputs,
+                             T* out) {
+  const int64_t width = (inputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  int64_t c = 0;
+  for (; c + kColumns * kLanes<T> <= width; c += kColumns * kLanes<T>)
+    block_of_gradient<T, R, kColumns, Scaled>(g, slots, h + c, width, scale, count, inputs - c, out + c, inputs);
+  for (; c < width; c += kLanes<T>)
+    block_of_gradient<T, R, 1, Scaled>(g, slots, h + c, width, scale, count, inputs - c, out + c, inputs);
+}
+
+template <class T, bool Scaled>
+inline T sum_over_slots(const T* g, const T* scale, int64_t slots) {
+  Vector<T> total{};
+  for (int64_t s = 0; s < slots; s += kLanes<T>)
+    total += Scaled ? load<T>(g + s) * load<T>(scale + s) : load<T>(g + s);
+  return lane_sum<T>(total);
+}
+
+// Adds (scale * g) h^T to weight [units, inputs] and sums over slots to bias if there is one, for the units from
+// `first` to `last`; h stands slot by slot.
+template <class T, bool Scaled>
+inline void add_gradient(const T* g, const T* h, const T* scale, int64_t slots, int64_t inputs, int64_t first,
+                         int64_t last, T* weight, T* bias) {
+  const int64_t width = (inputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   for (int64_t begin = 0; begin < slots; begin += kChunk) {
-    const int64_t end = std::min(slots, begin + kChunk);
-    int64_t c = 0;
-    for (; c + kColumns <= inputs; c += kColumns)
-      block_of_gradient<T, R, kColumns, Scaled>(g, h + c * slots, scale, slots, begin, end, weight + c, ld);
-    for (; c + 2 <= inputs; c += 2)
-      block_of_gradient<T, R, 2, Scaled>(g, h + c * slots, scale, slots, begin, end, weight + c, ld);
-    if (c < inputs)
-      block_of_gradient<T, R, 1, Scaled>(g, h + c * slots, scale, slots, begin, end, weight + c, ld);
+    const int64_t count = std::min(slots - begin, kChunk);
+    const T *some = Scaled ? scale + begin : nullptr, *own = h + begin * width;
+    int64_t o = first;
+    for (; o + kRows <= last; o += kRows)
+      rows_of_gradient<T, kRows, Scaled>(g + o * slots + begin, slots, own, some, count, inputs, weight + o * inputs);
+    for (; o < last; ++o)
+      rows_of_gradient<T, 1, Scaled>(g + o * slots + begin, slots, own, some, count, inputs, weight + o * inputs);
   }
   if (bias == nullptr) return;
-  for (int r = 0; r < R; ++r) {
-    Vector<T> acc{};
-    for (int64_t s = 0; s < slots; s += kLanes<T>) {
-      const Vector<T> x = load<T>(g + r * slots + s);
-      if constexpr (Scaled) acc += x * load<T>(scale + s);
-      else acc += x;
-    }
-    bias[r] += lane_sum<T>(acc);
-  }
+  for (int64_t o = first; o < last; ++o) bias[o] += sum_over_slots<T, Scaled>(g + o * slots, scale, slots);
 }
 
-// Adds (scale * g) h^T to weight [units, inputs], its rows ld apart, and the sums over slots to bias if there is one,
-// for kRows units from `first` on.
-template <class T, bool Scaled>
-inline void add_gradient(const T* g, const T* h, const T* scale, int64_t slots, int64_t units, int64_t inputs,
-                         int64_t first, T* weight, int64_t ld, T* bias) {
-  if (first + kRows <= units) {
-    rows_of_gradient<T, kRows, Scaled>(g + first * slots, h, scale, slots, inputs, weight + first * ld, ld,
-                                       bias ? bias + first : nullptr);
-    return;
-  }
-  for (int64_t o = first; o < units; ++o)
-    rows_of_gradient<T, 1, Scaled>(g + o * slots, h, scale, slots, inputs, weight + o * ld, ld,
-                                   bias ? bias + o : nullptr);
-}
-
-// Runs work(layer, first unit, W_l's and b_l's place in a flat gradient) for each group of kRows units of all layers.
+// Runs work(layer, first unit, last unit, W_l's and b_l's place in a flat gradient) for each group of units.
 template <class T, class Work>
 inline void for_unit_groups(const Net<T>& net, const Work& work) {
   int64_t begin = 0;
   for (int64_t layer = 1; layer <= net.depth; ++layer) {
     const int64_t units = net.sizes[layer], num_weights = units * net.sizes[layer - 1];
 #pragma omp for schedule(dynamic) nowait
-    for (int64_t first = 0; first < units; first += kRows) work(layer, first, begin, begin + num_weights);
+    for (int64_t first = 0; first < units; first += kGroup)
+      work(layer, first, std::min(first + kGroup, units), begin, begin + num_weights);
     begin += num_weights + units;
   }
 #pragma omp barrier
 }
 
-// The gradients of all layers for cotangents g (layers 1 ... L), each times scale, into out [p].
+// The gradients of all layers for cotangents g (layers 1 ... L), each times scale, into out [p]; h slot by slot.
 template <class T>
 inline void gradient(const Net<T>& net, const T* h, const T* g, const T* scale, T* out) {
-  for_unit_groups<T>(net, [&](int64_t layer, int64_t first, int64_t weight, int64_t bias) {
+  for_unit_groups<T>(net, [&](int64_t layer, int64_t first, int64_t last, int64_t weight, int64_t bias) {
     const T* cotangent = g + net.offset(layer, 1);
-    const T* input = h + net.offset(layer - 1, 0);
-    const int64_t units = net.sizes[layer], inputs = net.sizes[layer - 1];
-    if (scale) add_gradient<T, true>(cotangent, input, scale, net.slots, units, inputs, first, out + weight, inputs,
-                                    out + bias);
-    else add_gradient<T, false>(cotangent, input, nullptr, net.slots, units, inputs, first, out + weight, inputs, out + bias);
+    const T* input = h + net.offset_by_slot(layer - 1, 0);
+    const int64_t inputs = net.sizes[layer - 1];
+    if (scale) add_gradient<T, true>(cotangent, input, scale, net.slots, inputs, first, last, out + weight, out + bias);
+    else add_gradient<T, false>(cotangent, input, nullptr, net.slots, inputs, first, last, out + weight, out + bias);
   });
 }
 
-// h_0 ... h_{L-1} and z_L, one behind the other in h, from x(s, i) = x[s * x_slot + i * x_unit], s < n.
+// h_0 ... h_{L-1} and z_L, one behind the other in h, and all but z_L once more, slot by slot, in h_by_slot, from
+// x(s, i) = x[s * x_slot + i * x_unit], s < n.
 template <class T>
-void forward(const Net<T>& net, const T* x, int64_t x_slot, int64_t x_unit, int64_t n, T* h, int threads) {
+void forward(const Net<T>& net, const T* x, int64_t x_slot, int64_t x_unit, int64_t n, T* h, T* h_by_slot,
+             int threads) {
 #pragma omp parallel num_threads(threads)
   for_tiles<T>(net, [&](int64_t first, int vectors) {
     const int64_t end = first + vectors * kLanes<T>;
@@ -292,6 +328,9 @@ void forward(const Net<T>& net, const T* x, int64_t x_slot, int64_t x_unit, int6
       for (int64_t s = first; s < end; ++s) h[i * net.slots + s] = s < n ? x[s * x_slot + i * x_unit] : T(0);
     const T* input = h + first;
     for (int64_t layer = 1; layer <= net.depth; ++layer) {
+      const int64_t width = net.width(layer - 1);
+      turn<T>(input, net.slots, net.sizes[layer - 1], vectors,
+              h_by_slot + net.offset_by_slot(layer - 1, 0) + first * width, width);
       T* output = h + net.offset(layer, 0) + first;
       const T* bias = net.bias(layer);
       const bool last = layer == net.depth;
@@ -320,7 +359,8 @@ inline void pull_back(const Net<T>& net, int64_t layer, const T* h, const T* g, 
 
 // Cotangents g of layers 1 ... L from output [d_L, n], and if `out` is given the gradient [p].
 template <class T>
-void backward(const Net<T>& net, const T* h, const T* output, int64_t n, T* g, T* out, int threads) {
+void backward(const Net<T>& net, const T* h, const T* h_by_slot, const T* output, int64_t n, T* g, T* out,
+              int threads) {
   T* top = g + net.offset(net.depth, 1);
 #pragma omp parallel num_threads(threads)
   {
@@ -331,7 +371,7 @@ void backward(const Net<T>& net, const T* h, const T* output, int64_t n, T* g, T
       for (int64_t layer = net.depth; layer > 1; --layer)
         pull_back(net, layer, h, g + net.offset(layer, 1), g + net.offset(layer - 1, 1), first, vectors);
     });
-    if (out) gradient<T>(net, h, g, nullptr, out);
+    if (out) gradient<T>(net, h_by_slot, g, nullptr, out);
   }
 }
 
@@ -370,9 +410,10 @@ template <class T>
 struct SecondOrderRow {
   const Net<T>& net;
   Coordinate at;
-  const T *h, *g, *u, *a;  // h_0 ... z_L; G_1 ... G_L; u and a [N]
-  T *tangent, *moved;      // of z and of h, layers 1 ... L - 1
-  T *change, *q;           // of G, and u dG + a j G; layers 1 ... L
+  const T *h, *h_by_slot;              // h_0 ... z_L, and all but z_L slot by slot
+  const T *g, *u, *a;                  // G_1 ... G_L; u and a [N]
+  T *tangent, *moved, *moved_by_slot;  // of z and of h, layers 1 ... L - 1
+  T *change, *q;                       // of G, and u dG + a j G; layers 1 ... L
 
   Vector<T> drive(int64_t slot) const {
     if (at.input < 0) return Vector<T>{} + 1;
@@ -389,6 +430,9 @@ struct SecondOrderRow {
       const Support below{layer == at.layer + 1 ? Support::kUnit : Support::kAll, at.unit};
       apply(net.weight(layer), net.sizes[layer - 1], 1, below, moved + net.offset(layer - 1, 1) + first, layer,
             layer - 1, vectors, [&](int64_t place, Vector<T> dz) { set_tangent(layer, place + first, dz); });
+      const int64_t width = net.width(layer);
+      turn<T>(moved + net.offset(layer, 1) + first, net.slots, net.sizes[layer], vectors,
+              moved_by_slot + net.offset_by_slot(layer, 1) + first * width, width);
     }
   }
 
@@ -472,27 +516,39 @@ struct SecondOrderRow {
 
   // q_l h_{l-1}^T + (u G_l) dh_{l-1}^T for all layers, into out [p].
   void gradient_into(T* out) const {
-    gradient<T>(net, h, q, nullptr, out);
-    for_unit_groups<T>(net, [&](int64_t layer, int64_t first, int64_t weight, int64_t) {
-      const int64_t below = layer - 1, inputs = net.sizes[below];
-      if (below < at.layer) return;
-      const int64_t skip = below == at.layer ? at.unit : 0;
-      add_gradient<T, true>(g + net.offset(layer, 1), moved + net.offset(below, 1) + skip * net.slots, u, net.slots,
-                            net.sizes[layer], below == at.layer ? 1 : inputs, first, out + weight + skip, inputs,
-                            nullptr);
+    gradient<T>(net, h_by_slot, q, nullptr, out);
+    for_unit_groups<T>(net, [&](int64_t layer, int64_t first, int64_t last, int64_t weight, int64_t) {
+      const int64_t below = layer - 1;
+      const T* own = g + net.offset(layer, 1);
+      if (below > at.layer)
+        add_gradient<T, true>(own, moved_by_slot + net.offset_by_slot(below, 1), u, net.slots, net.sizes[below], first,
+                              last, out + weight, nullptr);
+      if (below != at.layer) return;
+      for (int64_t o = first; o < last; ++o)
+        out[weight + o * net.sizes[below] + at.unit] += dot_of_unit(own + o * net.slots);
     });
+  }
+
+  // sum_s u_s G_s dh_s for one unit of G and the one unit of h that moves in the parameter's layer.
+  T dot_of_unit(const T* own) const {
+    const T* unit_moved = moved + net.offset(at.layer, 1) + at.unit * net.slots;
+    Vector<T> total{};
+    for (int64_t s = 0; s < net.slots; s += kLanes<T>)
+      total += load<T>(u + s) * load<T>(own + s) * load<T>(unit_moved + s);
+    return lane_sum<T>(total);
   }
 };
 
-// `count` rows into out [count, p]; `work` holds four arrays like g.
+// `count` rows into out [count, p]; `work` holds four arrays like g and one like h_by_slot.
 template <class T>
-void second_order_rows(const Net<T>& net, const T* h, const T* g, const T* u, const T* a, const int64_t* coordinates,
-                       int64_t count, T* work, T* out, int threads) {
+void second_order_rows(const Net<T>& net, const T* h, const T* h_by_slot, const T* g, const T* u, const T* a,
+                       const int64_t* coordinates, int64_t count, T* work, T* out, int threads) {
   const int64_t size = net.offset(net.depth + 1, 1);
 #pragma omp parallel num_threads(threads)
   for (int64_t k = 0; k < count; ++k) {
     const Coordinate at{coordinates[3 * k], coordinates[3 * k + 1], coordinates[3 * k + 2]};
-    const SecondOrderRow<T> row{net, at, h, g, u, a, work, work + size, work + 2 * size, work + 3 * size};
+    const SecondOrderRow<T> row{net, at, h, h_by_slot, g, u, a, work, work + size, work + 4 * size, work + 2 * size,
+                                work + 3 * size};
     for_tiles<T>(net, [&](int64_t first, int vectors) {
       row.push(first, vectors);
       row.pull(first, vectors);
@@ -503,34 +559,34 @@ void second_order_rows(const Net<T>& net, const T* h, const T* g, const T* u, co
 
 // `count` gradients into out [count, p], for the unit cotangents g times each of scale [count, N].
 template <class T>
-void scaled_gradients(const Net<T>& net, const T* h, const T* g, const T* scale, int64_t count, T* out, int threads) {
+void scaled_gradients(const Net<T>& net, const T* h_by_slot, const T* g, const T* scale, int64_t count, T* out, int threads) {
 #pragma omp parallel num_threads(threads)
   for (int64_t k = 0; k < count; ++k)
-    gradient<T>(net, h, g, scale + k * net.slots, out + k * net.num_parameters());
+    gradient<T>(net, h_by_slot, g, scale + k * net.slots, out + k * net.num_parameters());
 }
 
 }  // namespace
 
 #define BLPO_EXPORT(T, suffix)                                                                                        \
   void blpo_forward_##suffix(const Net<T>* net, const T* x, int64_t x_slot, int64_t x_unit, int64_t n, T* h,         \
-                             int64_t threads) {                                                                       \
-    forward<T>(*net, x, x_slot, x_unit, n, h, static_cast<int>(threads));                                             \
+                             T* h_by_slot, int64_t threads) {                                                         \
+    forward<T>(*net, x, x_slot, x_unit, n, h, h_by_slot, static_cast<int>(threads));                                  \
   }                                                                                                                   \
-  void blpo_backward_##suffix(const Net<T>* net, const T* h, const T* output, int64_t n, T* g, T* out,               \
-                              int64_t threads) {                                                                      \
-    backward<T>(*net, h, output, n, g, out, static_cast<int>(threads));                                               \
+  void blpo_backward_##suffix(const Net<T>* net, const T* h, const T* h_by_slot, const T* output, int64_t n, T* g,   \
+                              T* out, int64_t threads) {                                                              \
+    backward<T>(*net, h, h_by_slot, output, n, g, out, static_cast<int>(threads));                                    \
   }                                                                                                                   \
   void blpo_jvp_##suffix(const Net<T>* direction, const T* h, const T* g, T* out, int64_t threads) {                  \
     jvp<T>(*direction, h, g, out, static_cast<int>(threads));                                                         \
   }                                                                                                                   \
-  void blpo_scaled_gradients_##suffix(const Net<T>* net, const T* h, const T* g, const T* scale, int64_t count,      \
-                                      T* out, int64_t threads) {                                                      \
-    scaled_gradients<T>(*net, h, g, scale, count, out, static_cast<int>(threads));                                    \
+  void blpo_scaled_gradients_##suffix(const Net<T>* net, const T* h_by_slot, const T* g, const T* scale,             \
+                                      int64_t count, T* out, int64_t threads) {                                       \
+    scaled_gradients<T>(*net, h_by_slot, g, scale, count, out, static_cast<int>(threads));                                    \
   }                                                                                                                   \
-  void blpo_second_order_rows_##suffix(const Net<T>* net, const T* h, const T* g, const T* u, const T* a,            \
-                                       const int64_t* coordinates, int64_t count, T* work, T* out,                   \
+  void blpo_second_order_rows_##suffix(const Net<T>* net, const T* h, const T* h_by_slot, const T* g, const T* u,    \
+                                       const T* a, const int64_t* coordinates, int64_t count, T* work, T* out,                   \
                                        int64_t threads) {                                                             \
-    second_order_rows<T>(*net, h, g, u, a, coordinates, count, work, out, static_cast<int>(threads));                 \
+    second_order_rows<T>(*net, h, h_by_slot, g, u, a, coordinates, count, work, out, static_cast<int>(threads));                 \
   }
 
 extern "C" {
