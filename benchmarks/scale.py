@@ -51,9 +51,7 @@ class Point:
     steps: int = 640
 
     def shape(self):
-        return replace(
-            SHAPES["hopper"], num_envs=8, num_epochs=1, length=self.steps, hiddens=(self.width, self.width)
-        )
+        return replace(SHAPES["hopper"], num_envs=8, num_epochs=1, length=self.steps, hiddens=(self.width, self.width))
 
 
 TABLES = {
@@ -107,7 +105,8 @@ def large_product(rank: int, device: str) -> dict[str, float]:
     def solve() -> None:
         critic = critic_pass(mlp, obs, kernels)
         loss = CriticLoss(critic, torch.zeros_like(critic.values), torch.full_like(critic.values, 1 / LARGE_STEPS))
-        solver.solve(Hessian(loss, Reduction()), v, columns)
+        hessian = Hessian(loss, Reduction())
+        solver.solve(hessian, v, columns, solver.local_terms(hessian, columns))
         if device == "cuda":
             torch.cuda.synchronize()
 

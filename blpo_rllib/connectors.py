@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.utils.annotations import override
+from scipy.signal import lfilter
 
 from blpo_rllib.core.reduction import Reduction
-from blpo_rllib.core.segments import layout_segments
+from blpo_rllib.core.segments import SegmentPlan, layout_segments
 
 # Columns that PackSegments adds, bool [M, S]: see blpo_rllib.core.segments.SegmentLayout.
 SEGMENT_STEP = "segment_step"
@@ -37,33 +39,71 @@ class PackSegments(ConnectorV2):
     episode or fragment its last observation and marks it False in the loss mask.
 
     Args:
-        num_segments: Maps a module's ID and its number of steps (>= 1) to M.
+        plan: Maps the number of steps by module ID to a plan for each module that has steps on any learner.
+        blank: Maps a module's ID to the columns of a single item that is no step, for a learner without a step of it.
         width_multiple: S is rounded up to a multiple of this.
     """
 
-    def __init__(self, num_segments: Callable[[str, int], int], width_multiple: int = 1):
+    def __init__(
+        self,
+        plan: Callable[[dict[str, int]], dict[str, SegmentPlan]],
+        blank: Callable[[str], dict[str, Any]],
+        width_multiple: int = 1,
+    ):
         super().__init__()
-        self._num_segments, self._width_multiple = num_segments, width_multiple
+        self._plan, self._blank, self._width_multiple = plan, blank, width_multiple
 
     @override(ConnectorV2)
     def __call__(self, *, batch: dict[str, Any], **kwargs: Any) -> Any:
-        for module_id, columns in list(batch.items()):
-            is_step = columns[Columns.LOSS_MASK].cpu().numpy().astype(bool)
-            if is_step.any():
-                batch[module_id] = self._pack(columns, is_step, self._num_segments(module_id, int(is_step.sum())))
-            else:
-                del batch[module_id]
+        is_step = {
+            module_id: columns[Columns.LOSS_MASK].cpu().numpy().astype(bool) for module_id, columns in batch.items()
+        }
+        packed = {}
+        for module_id, plan in self._plan({k: int(x.sum()) for k, x in is_step.items()}).items():
+            columns = batch[module_id] if plan.num_segments else self._blank(module_id)
+            packed[module_id] = self._pack(columns, is_step.get(module_id, np.zeros(1, bool)), plan)
+        batch.clear()
+        batch.update(packed)
         return batch
 
-    def _pack(self, columns: dict[str, Any], is_step: np.ndarray, num_segments: int) -> dict[str, Any]:
+    def _pack(self, columns: dict[str, Any], is_step: np.ndarray, plan: SegmentPlan) -> dict[str, Any]:
         terminated = columns[Columns.TERMINATEDS].cpu().numpy().astype(bool)
-        layout = layout_segments(is_step, terminated, num_segments, self._width_multiple)
+        layout = layout_segments(is_step, terminated, plan.num_segments, self._width_multiple, plan.num_rows)
         device = columns[Columns.LOSS_MASK].device
         index = torch.as_tensor(layout.index, device=device)
         packed = {name: tree.map_structure(lambda x: x[index], columns[name]) for name in _COLUMNS if name in columns}
         packed[SEGMENT_STEP] = torch.as_tensor(layout.step, device=device)
         packed[SEGMENT_CONTINUES] = torch.as_tensor(layout.continues, device=device)
         return packed
+
+
+@dataclass(frozen=True)
+class _Fragment:
+    """R over steps 0 ... n − 1 of a fragment if it were 0 before them, and what a value R before them adds.
+
+    R_t becomes R_t + decay_t · R with decay_t = γ^{t+1}.
+
+    Attributes:
+        sums: n, Σ R_t and Σ R_t².
+        decay_sums: Σ decay_t, Σ R_t decay_t and Σ decay_t².
+        last: R_{n−1}.
+        last_decay: decay_{n−1}.
+    """
+
+    episode: Any
+    module_id: str
+    start: int
+    is_done: bool
+    sums: np.ndarray
+    decay_sums: np.ndarray
+    last: float
+    last_decay: float
+
+    def moments_and_last(self, before: float) -> tuple[np.ndarray, float]:
+        """Number, sum and sum of squares of R, and R at the end, for the value ``before`` the fragment."""
+        decay, crossed, squared = self.decay_sums
+        added = np.array([0.0, before * decay, 2 * before * crossed + before**2 * squared])
+        return self.sums + added, self.last + before * self.last_decay
 
 
 class RewardScale(ConnectorV2):
@@ -75,12 +115,12 @@ class RewardScale(ConnectorV2):
 
     Args:
         gamma: Discount of R, in [0, 1].
-        reduction: Sums over the learners.
+        reduction: Where the learners meet.
     """
 
-    def __init__(self, gamma: float, reduction: Reduction, device: torch.device):
+    def __init__(self, gamma: float, reduction: Reduction):
         super().__init__()
-        self._gamma, self._reduction, self._device = gamma, reduction, device
+        self._gamma, self._reduction = gamma, reduction
         # Per module: number of returns, their sum, and the sum of their squares.
         self._moments: dict[str, np.ndarray] = {}
         # R at the end of each episode that goes on in the next batch.
@@ -93,28 +133,38 @@ class RewardScale(ConnectorV2):
         return float(np.sqrt(variance)) if variance > 1e-8 else 1.0
 
     @override(ConnectorV2)
-    def __call__(self, *, rl_module: Any, batch: dict[str, Any], episodes: list[Any], **kwargs: Any) -> Any:
-        moments = {module_id: np.zeros(3) for module_id in sorted(rl_module.keys())}
+    def __call__(self, *, batch: dict[str, Any], episodes: list[Any], **kwargs: Any) -> Any:
+        fragments = [
+            self._fragment(episode)
+            for episode in self.single_agent_episode_iterator(episodes, agents_that_stepped_only=False)
+            if len(episode)
+        ]
+        # An episode may be spread over learners, and go on elsewhere in the next batch: everyone sees all fragments.
+        everyone = [fragment for part in self._reduction.gather(fragments) for fragment in part]
         open_returns = {}
-        for episode in self.single_agent_episode_iterator(episodes, agents_that_stepped_only=False):
-            key = (episode.multi_agent_episode_id or episode.id_, episode.agent_id)
-            returns = self._discounted_returns(episode, self._open_returns.get(key, 0.0))
-            moments[episode.module_id or DEFAULT_MODULE_ID] += [len(returns), returns.sum(), (returns**2).sum()]
-            if len(returns) and not episode.is_done:
-                open_returns[key] = float(returns[-1])
+        for fragment in sorted(everyone, key=lambda f: f.start):
+            value = open_returns.pop(fragment.episode, self._open_returns.get(fragment.episode, 0.0))
+            moments, last = fragment.moments_and_last(value)
+            self._moments[fragment.module_id] = self._moments.get(fragment.module_id, np.zeros(3)) + moments
+            if not fragment.is_done:
+                open_returns[fragment.episode] = last
         self._open_returns = open_returns
-        for module_id, new in moments.items():
-            total = self._reduction.sum(torch.as_tensor(new, device=self._device)).cpu().numpy()
-            self._moments[module_id] = self._moments.get(module_id, np.zeros(3)) + total
         return batch
 
-    def _discounted_returns(self, episode: Any, start: float) -> np.ndarray:
+    def _fragment(self, episode: Any) -> _Fragment:
         rewards = np.asarray(episode.get_rewards(), np.float64)
-        returns, value = np.empty(len(rewards)), start
-        for t, reward in enumerate(rewards):
-            value = self._gamma * value + reward
-            returns[t] = value
-        return returns
+        returns = lfilter([1.0], [1.0, -self._gamma], rewards)
+        decay = self._gamma ** np.arange(1, len(rewards) + 1)
+        return _Fragment(
+            episode=(episode.multi_agent_episode_id or episode.id_, episode.agent_id),
+            module_id=episode.module_id or DEFAULT_MODULE_ID,
+            start=episode.t_started,
+            is_done=episode.is_done,
+            sums=np.array([len(rewards), returns.sum(), (returns**2).sum()]),
+            decay_sums=np.array([decay.sum(), (returns * decay).sum(), (decay**2).sum()]),
+            last=float(returns[-1]),
+            last_decay=float(decay[-1]),
+        )
 
     @override(ConnectorV2)
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

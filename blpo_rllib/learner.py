@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch
 import tree
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
@@ -30,9 +29,9 @@ from blpo_rllib.core.hypergradient import Correction, LeaderLoss
 from blpo_rllib.core.minibatch import COUNTS, UpdateSettings
 from blpo_rllib.core.native import Kernels
 from blpo_rllib.core.reduction import AllReduce, Reduction
-from blpo_rllib.core.segments import SegmentBatch
+from blpo_rllib.core.segments import SegmentBatch, SegmentPlan
 from blpo_rllib.core.update import BilevelUpdate
-from blpo_rllib.players import RLModulePlayers
+from blpo_rllib.players import RLModulePlayers, blank_action, blank_observation
 
 logger = logging.getLogger(__name__)
 
@@ -61,20 +60,18 @@ class BLPOTorchLearner(PPOTorchLearner):
         self._reward_scale: RewardScale | None = None
         self._num_epochs = 1
         self._minibatch_size: int | None = None
+        self._plans: dict[str, SegmentPlan] = {}
+        self._reduction = AllReduce() if self.distributed else Reduction()
         super().build()
         if self._learner_connector is None or not self.config.add_default_connectors_to_learner_pipeline:
             return
         # PPO computes advantages once, on the host; here they are a function of the critic, inside the update.
         self._learner_connector.remove(GeneralAdvantageEstimation)
         width_multiple = COMPILED_WIDTH_MULTIPLE if self.config.torch_compile_learner else 1
-        self._learner_connector.append(PackSegments(self._num_segments, width_multiple))
+        self._learner_connector.append(PackSegments(self._plan_segments, self._blank_item, width_multiple))
         if self.config.normalize_rewards:
-            self._reward_scale = RewardScale(self.config.gamma, self._reduction, self._device)
+            self._reward_scale = RewardScale(self.config.gamma, self._reduction)
             self._learner_connector.prepend(self._reward_scale)
-
-    @property
-    def _reduction(self) -> Reduction:
-        return AllReduce(self._device) if self.distributed else Reduction()
 
     @override(TorchLearner)
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
@@ -106,7 +103,7 @@ class BLPOTorchLearner(PPOTorchLearner):
             config.get_curvature(),
             solver,
             # The same on all learners, so that they draw the same coordinates; different for each module.
-            np.random.default_rng([config.seed or 0, zlib.crc32(module_id.encode())]),
+            [config.seed or 0, zlib.crc32(module_id.encode())],
             self._reduction,
             self._compile,
             self._kernels,
@@ -143,17 +140,36 @@ class BLPOTorchLearner(PPOTorchLearner):
         self._bilevel_updates.pop(module_id, None)
         return super().remove_module(module_id, **kwargs)
 
-    def _num_minibatches(self, num_steps: int) -> int:
-        if self._minibatch_size is None:
-            return 1
-        return max(1, self._reduction.maximum(round(num_steps / self._minibatch_size)))
+    def _plan_segments(self, num_steps: dict[str, int]) -> dict[str, SegmentPlan]:
+        """Agrees with the other learners on how to cut the batch: modules and minibatches are the same on all."""
+        module_ids = sorted(self._bilevel_updates)
+        own = [num_steps.get(module_id, 0) for module_id in module_ids]
+        everyone, rank = self._reduction.gather(own), self._reduction.rank
+        self._plans = {
+            module_id: SegmentPlan.of(
+                counts, rank, self._minibatch_size, self.config.get_config_for_module(module_id).get_segment_length()
+            )
+            for module_id, *counts in zip(module_ids, *everyone, strict=True)
+            if any(counts)
+        }
+        return self._plans
 
-    def _num_segments(self, module_id: str, num_steps: int) -> int:
-        """M for a module's share of the batch: equally many whole segments for each minibatch."""
-        length = self.config.get_config_for_module(module_id).get_segment_length()
-        num_minibatches = self._num_minibatches(num_steps)
-        per_minibatch = max(1, round(num_steps / num_minibatches / length))
-        return num_minibatches * min(per_minibatch, max(1, num_steps // num_minibatches))
+    def _blank_item(self, module_id: str) -> dict[str, Any]:
+        """The columns of one item that is no step, [1, ...]."""
+        module = self._module[module_id].unwrapped()
+        obs, action = blank_observation(module, 1), blank_action(module, 1)
+        with torch.no_grad():
+            outputs = module.forward_train({Columns.OBS: obs})[Columns.ACTION_DIST_INPUTS]
+        zero = outputs.new_zeros(1)
+        return {
+            Columns.OBS: obs,
+            Columns.ACTIONS: action,
+            Columns.ACTION_DIST_INPUTS: outputs,
+            Columns.ACTION_LOGP: zero,
+            Columns.REWARDS: zero,
+            Columns.TERMINATEDS: zero,
+            Columns.LOSS_MASK: zero,
+        }
 
     @override(Learner)
     def _create_iterator_if_necessary(
@@ -181,10 +197,11 @@ class BLPOTorchLearner(PPOTorchLearner):
     @override(TorchLearner)
     def _update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
         losses = {}
-        for module_id, module_batch in batch.items():
+        # In one order on all learners, which meet in each module's update.
+        for module_id, module_batch in sorted(batch.items()):
             config = self.config.get_config_for_module(module_id)
             segments = self._segment_batch(module_id, module_batch, config)
-            num_minibatches = min(len(segments), self._num_minibatches(int(segments.step.sum())))
+            num_minibatches = self._plans[module_id].num_minibatches
             metrics = self._bilevel_updates[module_id].run(segments, num_minibatches, self._settings(module_id, config))
             if any(metrics[name] for name in COUNTS):
                 logger.warning(

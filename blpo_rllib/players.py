@@ -15,6 +15,7 @@ from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorica
 from ray.rllib.core.models.torch.encoder import TorchMLPEncoder
 from ray.rllib.core.models.torch.heads import TorchFreeLogStdMLPHead, TorchMLPHead
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
+from ray.rllib.utils.spaces.space_utils import get_dummy_batch_for_space
 from torch import Tensor
 
 from blpo_rllib.core.minibatch import Players
@@ -52,7 +53,7 @@ class RLModulePlayers(Players):
         self._distribution = module.get_train_action_dist_cls()
         self._old_distribution = module.get_exploration_action_dist_cls()
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        obs = _example_observations(module)
+        obs = blank_observation(module, 2)
         critic = _depends_on(module.compute_values({Columns.OBS: obs}), parameters)
         actor = _depends_on(module.forward_train({Columns.OBS: obs})[Columns.ACTION_DIST_INPUTS], parameters)
         if shared := sorted(critic.keys() & actor.keys()):
@@ -139,19 +140,24 @@ def check_module_class(module_class: type, module_id: str) -> None:
         )
 
 
-def _example_observations(module: Any) -> Any:
-    """Two observations of the module's space, on the module's device."""
-    space, parameter = module.observation_space, next(module.parameters())
+def blank_observation(module: Any, count: int) -> Any:
+    """``count`` observations of the module's space, all zero, on the module's device."""
+    return _blank(module.observation_space, module, count)
 
-    def tensor(*xs: Any) -> Tensor:
-        x = torch.as_tensor(np.stack(xs), device=parameter.device)
+
+def blank_action(module: Any, count: int) -> Any:
+    """``count`` actions of the module's space, all zero, on the module's device."""
+    return _blank(module.action_space, module, count)
+
+
+def _blank(space: gym.Space, module: Any, count: int) -> Any:
+    parameter = next(module.parameters())
+
+    def tensor(zeros: np.ndarray) -> Tensor:
+        x = torch.as_tensor(zeros, device=parameter.device)
         return x.to(parameter.dtype) if x.is_floating_point() else x
 
-    return tree.map_structure(tensor, *[_zeros(space) for _ in range(2)])
-
-
-def _zeros(space: gym.Space) -> Any:
-    return gym.spaces.utils.unflatten(space, np.zeros(gym.spaces.utils.flatdim(space), np.float32))
+    return tree.map_structure(tensor, get_dummy_batch_for_space(space, count, fill_value=0))
 
 
 def _depends_on(output: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -74,8 +74,8 @@ def test_leader_gradients_match_autograd(problem):
     players, batch, loss = problem
     weights = loss.weights.view_as(batch.step)
     adv = batch.advantage.advantages(batch.rewards, loss.critic.values.view_as(batch.step))
-    surrogate, gradient = leader_gradient(actor_of(players, batch), batch, adv, weights, LEADER, NONE)
-    v = leader_critic_gradient(loss, batch, surrogate, weights, NONE)
+    surrogate, gradient = leader_gradient(actor_of(players, batch), batch, adv, weights, LEADER)
+    v = leader_critic_gradient(loss, batch, surrogate, weights)
     assert 0 < surrogate.active[batch.step > 0].mean() < 1, "some steps must be clipped"
     w, theta = vectors(players)
     objective = -surrogate_sum(players, batch, w, theta, None, LEADER.clip, weights)
@@ -89,8 +89,8 @@ def test_entropy_and_kl_enter_the_actor_gradient_only(problem):
     weights = loss.weights.view_as(batch.step)
     adv = batch.advantage.advantages(batch.rewards, loss.critic.values.view_as(batch.step))
     leader = LeaderLoss(clip=0.2, entropy_coeff=0.3, kl_coeff=0.7)
-    _, gradient = leader_gradient(actor_of(players, batch), batch, adv, weights, leader, NONE)
-    _, plain = leader_gradient(actor_of(players, batch), batch, adv, weights, LEADER, NONE)
+    _, gradient = leader_gradient(actor_of(players, batch), batch, adv, weights, leader)
+    _, plain = leader_gradient(actor_of(players, batch), batch, adv, weights, LEADER)
     outputs = players.actor_network(flat_obs(batch))
     _, entropy, kl = gaussian_terms(outputs, players.log_std, outputs.detach(), batch.old_dist_inputs.flatten(0, 1))
     penalty = (loss.weights * (0.7 * kl - 0.3 * entropy)).sum()
@@ -103,7 +103,7 @@ def test_mixed_product_is_the_derivative_of_the_cross_gradient(problem, clip):
     adv = batch.advantage.advantages(batch.rewards, loss.critic.values.view_as(batch.step))
     actor, x = actor_of(players, batch), torch.randn(loss.critic.num_parameters, dtype=FLOAT64)
     surrogate = Surrogate.clipped(log_probability_ratio(batch, actor.logp), adv, LEADER.clip)
-    product = mixed_product(actor, loss, batch, adv, surrogate, x, clip, NONE)
+    product = mixed_product(actor, loss, batch, adv, surrogate, x, clip)
     w, theta = vectors(players)
 
     def cross_gradient(w):
@@ -186,7 +186,9 @@ def test_hypergradient_is_the_total_derivative_of_a_quadratic_bilevel_problem(so
         batch,
         LEADER,
         Correction(cross_clip=None, bound=None),
-        lambda v: solver.solve(Hessian(loss, NONE), v, columns),
+        solver,
+        Hessian(loss, NONE),
+        columns,
         NONE,
     )
     assert (result.scale * result.mixed_product).norm() > 0.05 * result.grad_actor.norm(), (

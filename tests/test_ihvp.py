@@ -25,7 +25,7 @@ class DenseCurvature(Curvature):
     def _local_matvec(self, x):
         return self._matrix @ x
 
-    def _local_rows(self, columns):
+    def local_rows(self, columns):
         return self._matrix[columns.index]
 
 
@@ -55,7 +55,8 @@ def all_columns(curvature):
 def solve(solver, curvature, v, rng):
     """Draw and solve, as the update does."""
     drawn = solver.draw(curvature.size, rng)
-    return solver.solve(curvature, v, None if drawn is None else Coordinates.of(drawn, v.device))
+    columns = None if drawn is None else Coordinates.of(drawn, v.device)
+    return solver.solve(curvature, v, columns, solver.local_terms(curvature, columns))
 
 
 def check(actual, expected, rtol=1e-8):

@@ -92,7 +92,7 @@ def test_reward_scale_goes_on_across_fragments():
     rng = np.random.default_rng(0)
     fragments = [episode(5, rng, id_="a"), episode(7, rng, id_="a", terminated=True), episode(4, rng, id_="b")]
     module = {"default_policy": None}
-    scale = RewardScale(0.9, Reduction(), torch.device("cpu"))
+    scale = RewardScale(0.9, Reduction())
     for fragment in fragments:
         scale(rl_module=module, batch={}, episodes=[fragment])
     returns, value = [], 0.0
@@ -102,7 +102,7 @@ def test_reward_scale_goes_on_across_fragments():
             value = 0.9 * value + reward
             returns.append(value)
     assert scale.scale("default_policy") == pytest.approx(np.std(returns))
-    restored = RewardScale(0.9, Reduction(), torch.device("cpu"))
+    restored = RewardScale(0.9, Reduction())
     restored.set_state(scale.get_state())
     assert restored.get_state()["open_returns"] == scale.get_state()["open_returns"] != {}
     assert restored.scale("default_policy") == scale.scale("default_policy")

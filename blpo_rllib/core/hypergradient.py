@@ -11,14 +11,14 @@ or of the actor's log-probabilities, with weights written out below.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from blpo_rllib.core.curvature import CriticLoss
-from blpo_rllib.core.networks import ActorPass
+from blpo_rllib.core.curvature import CriticLoss, Curvature
+from blpo_rllib.core.ihvp import IHVPSolver
+from blpo_rllib.core.networks import ActorPass, Coordinates
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentBatch
 
@@ -110,20 +110,15 @@ class Hypergradient:
     direction: Tensor
 
 
-def step_weights(batch: SegmentBatch, reduction: Reduction) -> Tensor:
-    """m [B, S]: 1 over the number of steps in the whole minibatch on steps, 0 elsewhere."""
-    return batch.step / reduction.sum(batch.step.sum())
-
-
 def log_probability_ratio(batch: SegmentBatch, logp: Tensor) -> Tensor:
     """log r [B, S]; 0 outside steps, where the log-probabilities mean nothing."""
     return (logp.view_as(batch.step) - batch.old_logp).masked_fill(batch.step == 0, 0.0)
 
 
 def leader_gradient(
-    actor: ActorPass, batch: SegmentBatch, adv: Tensor, weights: Tensor, leader: LeaderLoss, reduction: Reduction
+    actor: ActorPass, batch: SegmentBatch, adv: Tensor, weights: Tensor, leader: LeaderLoss
 ) -> tuple[Surrogate, Tensor]:
-    """The surrogate and g_θ = ∇_θ J."""
+    """The surrogate and this process's term of g_θ = ∇_θ J."""
     surrogate = Surrogate.clipped(log_probability_ratio(batch, actor.logp), adv, leader.clip)
     m = weights.flatten()
     gradient = actor.gradient(
@@ -131,15 +126,13 @@ def leader_gradient(
         entropy=-leader.entropy_coeff * m if leader.entropy_coeff else None,
         kl=None if leader.kl_coeff is None else leader.kl_coeff * m,
     )
-    return surrogate, reduction.sum(gradient)
+    return surrogate, gradient
 
 
-def leader_critic_gradient(
-    loss: CriticLoss, batch: SegmentBatch, surrogate: Surrogate, weights: Tensor, reduction: Reduction
-) -> Tensor:
-    """v = ∇_w J, through the advantages: the critic's vjp with the cotangent Dᵀ Aᵀ (−m · slope)."""
+def leader_critic_gradient(loss: CriticLoss, batch: SegmentBatch, surrogate: Surrogate, weights: Tensor) -> Tensor:
+    """This process's term of v = ∇_w J, through the advantages: the critic's vjp with cotangent Dᵀ Aᵀ (−m · slope)."""
     cotangent = batch.advantage.adjoint(-weights * surrogate.slope)
-    return reduction.sum(loss.critic.vjp(cotangent.flatten()))
+    return loss.critic.vjp(cotangent.flatten())
 
 
 def mixed_product(
@@ -150,9 +143,8 @@ def mixed_product(
     surrogate: Surrogate,
     ihvp: Tensor,
     cross_clip: float | None,
-    reduction: Reduction,
 ) -> Tensor:
-    r"""∇²_θw L · x = d/dw [∇_θ S] · x, with S(θ, w) = −2 Σ_t s_t(θ, adv(w)) (y_t − V_t(w)) over all steps.
+    r"""This process's term of ∇²_θw L · x = d/dw [∇_θ S] · x, with S(θ, w) = −2 Σ_t s_t(θ, adv(w)) (y_t − V_t(w)) over all steps.
 
     S estimates the dependence of the critic's loss on θ by a score-function trick; it is a sum over t, not a mean.
     """
@@ -163,7 +155,7 @@ def mixed_product(
     delta_adv = batch.advantage.tangent(delta_values)
     residual = (loss.targets - loss.critic.values).view_as(adv)
     slope = delta_adv * residual - adv * delta_values
-    return reduction.sum(actor.gradient((score * slope).flatten()))
+    return actor.gradient((score * slope).flatten())
 
 
 def bound_scale(mixed_norm: Tensor, gradient_norm: Tensor, bound: float | None) -> Tensor:
@@ -179,7 +171,9 @@ def hypergradient(
     batch: SegmentBatch,
     leader: LeaderLoss,
     correction: Correction,
-    solve: Callable[[Tensor], Tensor],
+    solver: IHVPSolver,
+    curvature: Curvature,
+    columns: Coordinates | None,
     reduction: Reduction,
 ) -> Hypergradient:
     """The hypergradient at (θ, w) on one minibatch.
@@ -190,7 +184,9 @@ def hypergradient(
         batch: The minibatch, B segments of S slots.
         leader: The leader's objective.
         correction: Clip and bound of the cross term.
-        solve: v to x, the inverse-Hessian-vector product.
+        solver: The inverse-Hessian-vector product.
+        curvature: The follower's curvature at ``loss``.
+        columns: The coordinates that the solver drew, if it draws any.
         reduction: Sums over the processes that share the minibatch.
 
     Returns:
@@ -198,10 +194,12 @@ def hypergradient(
     """
     weights = loss.weights.view_as(batch.step)
     adv = batch.advantage.advantages(batch.rewards, loss.critic.values.view_as(batch.step))
-    surrogate, grad_actor = leader_gradient(actor, batch, adv, weights, leader, reduction)
-    grad_critic = leader_critic_gradient(loss, batch, surrogate, weights, reduction)
-    ihvp = solve(grad_critic)
-    product = mixed_product(actor, loss, batch, adv, surrogate, ihvp, correction.cross_clip, reduction)
+    surrogate, own_grad_actor = leader_gradient(actor, batch, adv, weights, leader)
+    own_grad_critic = leader_critic_gradient(loss, batch, surrogate, weights)
+    own_terms = solver.local_terms(curvature, columns)
+    grad_actor, grad_critic, *terms = reduction.sum_all([own_grad_actor, own_grad_critic, *own_terms])
+    ihvp = solver.solve(curvature, grad_critic, columns, terms)
+    product = reduction.sum(mixed_product(actor, loss, batch, adv, surrogate, ihvp, correction.cross_clip))
     norms = torch.linalg.vector_norm(product), torch.linalg.vector_norm(grad_actor)
     scale = bound_scale(*norms, correction.bound)
     # nan_to_num: 0 · ∞ is not 0.

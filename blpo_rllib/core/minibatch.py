@@ -19,7 +19,6 @@ from blpo_rllib.core.hypergradient import (
     LeaderLoss,
     hypergradient,
     leader_gradient,
-    step_weights,
 )
 from blpo_rllib.core.ihvp import IHVPSolver
 from blpo_rllib.core.networks import ActorPass, Coordinates, CriticPass
@@ -95,6 +94,7 @@ class Minibatch:
     Attributes:
         segments: The segments [B, S, ...].
         targets: Value targets [B, S].
+        weights: m [B, S]: 1 over the number of steps in the minibatch, on all processes, on steps; 0 elsewhere.
         obs: Observations slot by slot, [n, ...].
         actions: Actions slot by slot, [n, ...].
         old_dist_inputs: Inputs of the old policy's distribution slot by slot, [n, d].
@@ -102,14 +102,18 @@ class Minibatch:
 
     segments: SegmentBatch
     targets: Tensor
+    weights: Tensor
     obs: Any
     actions: Any
     old_dist_inputs: Tensor
 
     @classmethod
-    def of(cls, segments: SegmentBatch, targets: Tensor) -> Minibatch:
-        """The minibatch made of these segments."""
-        return cls(segments, targets, slots(segments.obs), slots(segments.actions), slots(segments.old_dist_inputs))
+    def of(cls, segments: SegmentBatch, targets: Tensor, num_steps: Tensor) -> Minibatch:
+        """The minibatch made of these segments; ``num_steps`` (a scalar) counts those of all processes."""
+        weights = segments.step / num_steps
+        return cls(
+            segments, targets, weights, slots(segments.obs), slots(segments.actions), slots(segments.old_dist_inputs)
+        )
 
 
 def slots(nested: Any) -> Any:
@@ -156,9 +160,8 @@ class MinibatchUpdate:
         Returns:
             The values of :data:`STEP_MEANS`, :data:`MINIBATCH_MEANS` and :data:`COUNTS`; v and x.
         """
-        weights = step_weights(batch.segments, self._reduction)
-        loss_before, critic_skips = self._nested_critic_updates(batch, weights, settings)
-        loss = self.critic_loss(batch, weights)
+        loss_before, critic_skips = self._nested_critic_updates(batch, settings)
+        loss = self.critic_loss(batch)
         old_dist_inputs = None if settings.leader.kl_coeff is None else batch.old_dist_inputs
         actor = self._players.actor(batch.obs, batch.actions, old_dist_inputs)
         result = self._hypergradient(actor, loss, batch.segments, columns, settings)
@@ -173,17 +176,15 @@ class MinibatchUpdate:
         # A minibatch that was skipped for non-finite numbers is counted, and left out of the means.
         return metrics.nan_to_num(0.0, 0.0, 0.0), result.grad_critic, result.ihvp
 
-    def critic_loss(self, batch: Minibatch, weights: Tensor) -> CriticLoss:
+    def critic_loss(self, batch: Minibatch) -> CriticLoss:
         """The follower's objective at the present w."""
-        return CriticLoss(self._players.critic(batch.obs), batch.targets.flatten(), weights.flatten())
+        return CriticLoss(self._players.critic(batch.obs), batch.targets.flatten(), batch.weights.flatten())
 
-    def _nested_critic_updates(
-        self, batch: Minibatch, weights: Tensor, settings: UpdateSettings
-    ) -> tuple[Tensor, Tensor]:
+    def _nested_critic_updates(self, batch: Minibatch, settings: UpdateSettings) -> tuple[Tensor, Tensor]:
         """N optimizer steps on L(θ, ·); returns L before the first and how many were skipped."""
-        first, skips = None, torch.zeros((), device=weights.device)
+        first, skips = None, torch.zeros((), device=batch.weights.device)
         for _ in range(settings.num_critic_updates):
-            loss = self.critic_loss(batch, weights)
+            loss = self.critic_loss(batch)
             first = loss.value if first is None else first
             gradient = self._reduction.sum(loss.critic.gradient(loss.cotangent))
             skips = skips + self._critic_adam.step(gradient, settings.grad_clip)
@@ -201,18 +202,20 @@ class MinibatchUpdate:
         if self._solver is None:
             adv = segments.advantage.advantages(segments.rewards, loss.critic.values.view_as(segments.step))
             weights = loss.weights.view_as(segments.step)
-            surrogate, gradient = leader_gradient(actor, segments, adv, weights, settings.leader, self._reduction)
+            surrogate, own_gradient = leader_gradient(actor, segments, adv, weights, settings.leader)
+            gradient = self._reduction.sum(own_gradient)
             none, zero = gradient.new_zeros(0), torch.zeros_like(gradient)
             norm = torch.linalg.vector_norm(gradient)
             return Hypergradient(adv, surrogate, gradient, none, none, zero, zero[0], norm, zero[0], gradient)
-        solver, curvature = self._solver, self._curvature(loss, self._reduction)
         return hypergradient(
             actor,
             loss,
             segments,
             settings.leader,
             settings.correction,
-            lambda v: solver.solve(curvature, v, columns),
+            self._solver,
+            self._curvature(loss, self._reduction),
+            columns,
             self._reduction,
         )
 

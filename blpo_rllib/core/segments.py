@@ -76,6 +76,42 @@ def _pack(lengths: Sequence[int], capacities: Sequence[int]) -> list[list[Piece]
 
 
 @dataclass(frozen=True)
+class SegmentPlan:
+    """How a process cuts its share of a batch.
+
+    Attributes:
+        num_minibatches: Minibatches per epoch, the same on all processes; >= 1.
+        num_segments: Segments made of the process's steps; 0 if it has none.
+    """
+
+    num_minibatches: int
+    num_segments: int
+
+    @classmethod
+    def of(cls, counts: Sequence[int], rank: int, minibatch_size: int | None, length: int) -> SegmentPlan:
+        """The plan of process ``rank``, which agrees with the others' in the number of minibatches.
+
+        Args:
+            counts: Steps of each process, >= 0 and not all 0.
+            rank: Which of them is this one.
+            minibatch_size: Steps per minibatch and process on average; None for a single minibatch.
+            length: Steps per segment, as near as whole minibatches allow.
+        """
+        own, num_minibatches = counts[rank], 1
+        if minibatch_size is not None:
+            num_minibatches = max(1, round(sum(counts) / len(counts) / minibatch_size))
+        # At least one process fills all its minibatches.
+        num_minibatches = min(num_minibatches, max(counts))
+        per_minibatch = min(max(1, round(own / num_minibatches / length)), max(1, own // num_minibatches))
+        return cls(num_minibatches, min(num_minibatches * per_minibatch, own))
+
+    @property
+    def num_rows(self) -> int:
+        """Segments with blank ones added where the process has too few for each minibatch to get one."""
+        return -(-max(1, self.num_segments) // self.num_minibatches) * self.num_minibatches
+
+
+@dataclass(frozen=True)
 class SegmentLayout:
     """Where each slot of each segment comes from.
 
@@ -91,15 +127,16 @@ class SegmentLayout:
 
 
 def layout_segments(
-    is_step: np.ndarray, terminated: np.ndarray, num_segments: int, width_multiple: int = 1
+    is_step: np.ndarray, terminated: np.ndarray, num_segments: int, width_multiple: int = 1, num_rows: int = 0
 ) -> SegmentLayout:
     """Lays out a flat batch of episodes, each of which ends in one extra item, as segments.
 
     Args:
         is_step: bool [n], False on the extra item (the observation after the last step) that ends each episode.
         terminated: bool [n], True on steps after which the environment terminated.
-        num_segments: M, number of rows to make.
+        num_segments: Number of rows to fill.
         width_multiple: S is rounded up to a multiple of this, so that batches of about the same size have one shape.
+        num_rows: Number of rows in all, if more: the others stay blank, without a step.
 
     Returns:
         The layout with S slots a row, S being at least the longest row's.
@@ -107,7 +144,7 @@ def layout_segments(
     ends = np.flatnonzero(~is_step)
     begins = np.concatenate(([0], ends[:-1] + 1))
     rows = []
-    for pieces in pack_segments((ends - begins).tolist(), num_segments):
+    for pieces in pack_segments((ends - begins).tolist(), num_segments) if num_segments else []:
         slots, step, continues = [], [], []
         for piece in pieces:
             first = begins[piece.episode] + piece.start
@@ -116,12 +153,9 @@ def layout_segments(
             step.append([True] * piece.length + [False] * bootstrap)
             continues.append([True] * (piece.length - 1) + [False] * (1 + bootstrap))
         rows.append((np.concatenate(slots), np.concatenate(step), np.concatenate(continues)))
-    width = -(-max(len(index) for index, _, _ in rows) // width_multiple) * width_multiple
-    layout = SegmentLayout(
-        index=np.zeros((num_segments, width), np.int64),
-        step=np.zeros((num_segments, width), bool),
-        continues=np.zeros((num_segments, width), bool),
-    )
+    width = -(-max((len(index) for index, _, _ in rows), default=1) // width_multiple) * width_multiple
+    shape = max(num_segments, num_rows), width
+    layout = SegmentLayout(index=np.zeros(shape, np.int64), step=np.zeros(shape, bool), continues=np.zeros(shape, bool))
     for row, (index, is_step_row, continues_row) in enumerate(rows):
         layout.index[row, : len(index)] = index
         layout.step[row, : len(index)] = is_step_row

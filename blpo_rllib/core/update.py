@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from blpo_rllib.core.adam import AdamSteps
 from blpo_rllib.core.curvature import Curvature
-from blpo_rllib.core.hypergradient import step_weights
 from blpo_rllib.core.ihvp import IHVPSolver
 from blpo_rllib.core.minibatch import (
     COUNTS,
@@ -64,7 +63,7 @@ class BilevelUpdate:
         critic_optimizer: The same for ``players.critic_parameters``.
         curvature: Class of the follower's curvature.
         solver: The inverse-Hessian-vector product; None for nested PPO, which follows g_θ alone.
-        generator: Source of the segments' order and of the solver's coordinates.
+        seed: Seeds the order of the segments and the solver's coordinates; the same on all processes.
         reduction: Sums over the processes that share each minibatch.
         compile_: ``torch.compile`` with its options bound, to compile the minibatch update; None to run it as it is.
         kernels: Compiled functions for the optimizers' steps on the CPU.
@@ -77,13 +76,16 @@ class BilevelUpdate:
         critic_optimizer: torch.optim.Adam,
         curvature: type[Curvature],
         solver: IHVPSolver | None,
-        generator: np.random.Generator,
+        seed: int | Sequence[int],
         reduction: Reduction,
         compile_: Callable[..., Any] | None = None,
         kernels: Kernels | None = None,
     ):
         self._players, self._curvature, self._solver = players, curvature, solver
-        self._generator, self._reduction = generator, reduction
+        # Two, because processes with unlike numbers of segments draw unlike numbers for their order.
+        order, columns = np.random.SeedSequence(seed).spawn(2)
+        self._order_generator, self._column_generator = np.random.default_rng(order), np.random.default_rng(columns)
+        self._reduction = reduction
         self._adams = (
             AdamSteps(actor_optimizer, players.actor_parameters, kernels),
             AdamSteps(critic_optimizer, players.critic_parameters, kernels),
@@ -122,13 +124,18 @@ class BilevelUpdate:
         return metrics_by_name
 
     def get_state(self) -> dict[str, Any]:
-        """What the next :meth:`run` depends on besides weights and optimizers: the generator and the solver's state."""
+        """What the next :meth:`run` depends on besides weights and optimizers: generators and the solver's state."""
         solver = None if self._solver is None else self._solver.get_state()
-        return {"generator": self._generator.bit_generator.state, "solver": solver}
+        return {
+            "order_generator": self._order_generator.bit_generator.state,
+            "column_generator": self._column_generator.bit_generator.state,
+            "solver": solver,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`get_state` returned."""
-        self._generator.bit_generator.state = state["generator"]
+        self._order_generator.bit_generator.state = state["order_generator"]
+        self._column_generator.bit_generator.state = state["column_generator"]
         if self._solver is not None and state["solver"] is not None:
             self._solver.set_state(state["solver"])
 
@@ -137,7 +144,7 @@ class BilevelUpdate:
         if self._solver is None:
             return None
         size = sum(p.numel() for p in self._players.critic_parameters)
-        indices = self._solver.draw(size, self._generator)
+        indices = self._solver.draw(size, self._column_generator)
         if indices is None:
             return None
         if self._drawn is None or self._drawn[0] is not indices:
@@ -153,10 +160,13 @@ class BilevelUpdate:
 
     def _minibatches(self, batch: SegmentBatch, targets: Tensor, size: int, num_epochs: int) -> Iterator[Minibatch]:
         for _ in range(num_epochs):
-            order = torch.as_tensor(self._generator.permutation(len(batch)), device=targets.device)
+            order = torch.as_tensor(self._order_generator.permutation(len(batch)), device=targets.device)
             shuffled, shuffled_targets = batch.permuted(order), targets[order]
-            for segments, part in zip(shuffled.split(size), shuffled_targets.split(size), strict=True):
-                yield Minibatch.of(segments, part)
+            # A process may have only blank segments in a minibatch, but never do all of them.
+            num_steps = self._reduction.sum(shuffled.step.view(-1, size, shuffled.step.shape[1]).sum((1, 2)))
+            parts = zip(shuffled.split(size), shuffled_targets.split(size), num_steps, strict=True)
+            for segments, part, count in parts:
+                yield Minibatch.of(segments, part, count)
 
     def _metrics(self, sums: Tensor, num_updates: int, target_moments: Tensor) -> dict[str, float]:
         num_means = len(STEP_MEANS)
@@ -174,7 +184,7 @@ class BilevelUpdate:
 
     def _ihvp_residual(self, batch: Minibatch, solver: IHVPSolver, v: Tensor, x: Tensor) -> float:
         """‖(H + ρI) x − v‖ / ‖v‖: how well the solver solved its system, on the last minibatch only (one HVP)."""
-        loss = self._minibatch_update.critic_loss(batch, step_weights(batch.segments, self._reduction))
+        loss = self._minibatch_update.critic_loss(batch)
         residual = self._curvature(loss, self._reduction).matvec(x) + solver.damping * x - v
         return float(residual.norm() / v.norm())
 

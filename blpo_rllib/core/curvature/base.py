@@ -59,12 +59,12 @@ class Curvature(ABC):
 
     def rows(self, columns: Coordinates) -> Tensor:
         """H[K, :], for k coordinates K, [k, p]; by symmetry also the columns K."""
-        return self._reduction.sum(self._local_rows(columns))
+        return self._reduction.sum(self.local_rows(columns))
 
     @abstractmethod
     def _local_matvec(self, x: Tensor) -> Tensor:
         """This process's term of :meth:`matvec`."""
 
     @abstractmethod
-    def _local_rows(self, columns: Coordinates) -> Tensor:
+    def local_rows(self, columns: Coordinates) -> Tensor:
         """This process's term of :meth:`rows`."""

@@ -18,5 +18,5 @@ class GaussNewton(Curvature):
     def _local_matvec(self, x: Tensor) -> Tensor:
         return self._loss.critic.vjp(2 * self._loss.weights * self._loss.critic.jvp(x))
 
-    def _local_rows(self, columns: Coordinates) -> Tensor:
+    def local_rows(self, columns: Coordinates) -> Tensor:
         return self._loss.critic.vjp(2 * self._loss.weights * self._loss.critic.jacobian_columns(columns))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,14 +31,24 @@ class IHVPSolver(ABC):
         """
         return None
 
+    def local_terms(self, curvature: Curvature, columns: Coordinates | None) -> Sequence[Tensor]:
+        """This process's terms of what :meth:`solve` needs and v does not enter, to be summed along with v.
+
+        Args:
+            curvature: H.
+            columns: What :meth:`draw` returned.
+        """
+        return ()
+
     @abstractmethod
-    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None) -> Tensor:
+    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None, terms: Sequence[Tensor]) -> Tensor:
         """Returns x [p]; only tensor operations, without a device sync.
 
         Args:
             curvature: H.
             v: The vector [p].
             columns: What :meth:`draw` returned.
+            terms: What :meth:`local_terms` returned, summed over processes.
         """
 
     def check_size(self, size: int) -> None:  # noqa: B027

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ class ConjugateGradient(IHVPSolver):
         check_damping(damping, "cg_damping", positive=False)
         self.iterations, self.damping = iterations, damping
 
-    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None) -> Tensor:
+    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None, terms: Sequence[Tensor]) -> Tensor:
         x, residual, direction = torch.zeros_like(v), v, v
         squared = v @ v
         for _ in range(self.iterations):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,9 +41,12 @@ class Exact(IHVPSolver):
             self._everything = np.arange(size)
         return self._everything
 
-    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None) -> Tensor:
+    def local_terms(self, curvature: Curvature, columns: Coordinates | None) -> Sequence[Tensor]:
         assert columns is not None
-        matrix = curvature.rows(columns).double()
+        return [curvature.local_rows(columns)]
+
+    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None, terms: Sequence[Tensor]) -> Tensor:
+        matrix = terms[0].double()
         matrix.diagonal().add_(self.damping)
         x, _ = torch.linalg.solve_ex(matrix, v.double())
         return x.to(v.dtype)

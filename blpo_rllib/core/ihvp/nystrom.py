@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,13 @@ class Nystrom(IHVPSolver):
             self.columns = generator.choice(size, self.rank, replace=False, shuffle=False)
         return self.columns
 
-    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None) -> Tensor:
+    def local_terms(self, curvature: Curvature, columns: Coordinates | None) -> Sequence[Tensor]:
         assert columns is not None
-        c, rho = curvature.rows(columns), self.damping
+        return [curvature.local_rows(columns)]
+
+    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None, terms: Sequence[Tensor]) -> Tensor:
+        assert columns is not None
+        (c,), rho = terms, self.damping
         # M + δI + C Cᵀ/ρ
         core = torch.addmm(c.index_select(1, columns.index), c, c.T, alpha=1 / rho)
         core.diagonal().add_(self.core_shift)

@@ -1,0 +1,315 @@
+"""Several learners compute the update that one learner computes on the joined batch, and every sum is needed."""
+
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from episodes import OBS_SIZE
+from problems import SmallPlayers, random_batch
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from test_update import SETTINGS, weights
+
+from blpo_rllib import BLPOConfig
+from blpo_rllib.core import native
+from blpo_rllib.core.curvature import GaussNewton, Hessian
+from blpo_rllib.core.gae import Masks, advantage_operator
+from blpo_rllib.core.hypergradient import LeaderLoss
+from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom
+from blpo_rllib.core.reduction import Reduction
+from blpo_rllib.core.segments import SegmentBatch, SegmentPlan
+from blpo_rllib.core.update import BilevelUpdate
+from blpo_rllib.rl_module import BLPOTorchRLModule
+
+NUM_UPDATES = 20
+
+
+class Meeting:
+    """Where N threads sum tensors, each as if it were a process; ``leave_out`` names an exchange that is skipped."""
+
+    def __init__(self, size, leave_out=None):
+        self._barrier, self._slots = threading.Barrier(size, timeout=60), [None] * size
+        self.leave_out = leave_out
+
+    def exchange(self, rank, x):
+        self._slots[rank] = x
+        self._barrier.wait()
+        everyone = list(self._slots)
+        self._barrier.wait()
+        return everyone
+
+
+class ThreadReduction(Reduction):
+    def __init__(self, meeting, rank):
+        self._meeting, self.rank, self.calls = meeting, rank, 0
+
+    def sum_all(self, tensors):
+        call, self.calls = self.calls, self.calls + 1
+        everyone = self._meeting.exchange(self.rank, list(tensors))
+        if self._meeting.leave_out is not None and self._meeting.leave_out(call):
+            return list(tensors)
+        return [torch.stack(parts).sum(0) for parts in zip(*everyone)]
+
+
+def shares(batch, masks, cuts, kernels):
+    """The batch cut into consecutive shares, one a process."""
+    bounds = [0, *cuts, len(batch)]
+    parts = []
+    for a, b in zip(bounds, bounds[1:]):
+        tensors = {name: getattr(batch, name)[a:b] for name in batch._tensors}
+        own = Masks(masks.step[a:b], masks.terminated[a:b], masks.continues[a:b])
+        parts.append(SegmentBatch(**tensors, advantage=advantage_operator(own, 0.9, 0.8, kernels)))
+    return parts
+
+
+def masked_batch(num_segments, seed):
+    """Random segments of very unequal lengths, one of them blank."""
+    torch.manual_seed(seed)
+    batch = random_batch(num_segments=num_segments)
+    step = batch.step.clone()
+    step[1, 4:] = 0
+    step[-1] = 0
+    terminated = torch.zeros_like(step)
+    terminated[:, 5] = step[:, 5]
+    continues = step * torch.nn.functional.pad(step[:, 1:], (0, 1)) * (1 - terminated)
+    return replace(batch, step=step), Masks(step, terminated, continues)
+
+
+def shared_batch(seed, cuts, dtype, kernels):
+    batch, masks = masked_batch(6, seed)
+    batch = replace(batch, **{name: x.to(dtype) for name, x in batch._tensors.items()})
+    masks = Masks(*(getattr(masks, name).to(dtype) for name in ("step", "terminated", "continues")))
+    return shares(batch, masks, cuts, kernels)
+
+
+def train(solver, curvature, settings, cuts, dtype, kernels=None, leave_out=None):
+    """Weights after NUM_UPDATES updates on whole batches, shared between len(cuts) + 1 processes."""
+    size = len(cuts) + 1
+    meeting = Meeting(size, leave_out)
+    torch.manual_seed(0)
+    players = [SmallPlayers(by_hand=True)]
+    for network in (players[0].critic_network, players[0].actor_network):
+        network.to(dtype)
+    players[0].log_std.data = players[0].log_std.data.to(dtype)
+    players += [copy.deepcopy(players[0]) for _ in range(size - 1)]
+    for p in players:
+        p.kernels = kernels
+        p.critic_parameters = list(p.critic_network.parameters())
+        p.actor_parameters = [*p.actor_network.parameters(), p.log_std]
+    reductions = [ThreadReduction(meeting, rank) for rank in range(size)]
+    batches = [shared_batch(number, cuts, dtype, kernels) for number in range(NUM_UPDATES // settings.num_epochs)]
+
+    def run(rank):
+        optimizers = [
+            torch.optim.Adam(parameters, lr=lr, eps=1e-5, fused=True)
+            for parameters, lr in ((players[rank].actor_parameters, 3e-3), (players[rank].critic_parameters, 1e-2))
+        ]
+        update = BilevelUpdate(
+            players[rank], *optimizers, curvature, copy.deepcopy(solver), 0, reductions[rank], None, kernels
+        )
+        for batch in batches:
+            metrics = update.run(batch[rank], 1, settings)
+        return weights(players[rank]), metrics
+
+    with ThreadPoolExecutor(size) as pool:
+        results = [future.result() for future in [pool.submit(run, rank) for rank in range(size)]]
+    for other, other_metrics in results[1:]:
+        assert torch.equal(other, results[0][0]) or leave_out is not None, "learners must stay equal to the bit"
+        assert other_metrics == pytest.approx(results[0][1]) or leave_out is not None
+    return *results[0], reductions[0].calls
+
+
+def error(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+SOLVERS = {
+    "nystrom": Nystrom(3, 0.1),
+    "redrawn": Nystrom(3, 0.1, redraw=True),
+    "cg": ConjugateGradient(4, 1.0),
+    "exact": Exact(1.0),
+    "none": None,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Processes are threads here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("curvature", [Hessian, GaussNewton])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_unequal_shards_change_nothing(solver, curvature):
+    alone, metrics, _ = train(SOLVERS[solver], curvature, SETTINGS, (), torch.float64)
+    # Two, three, and two of which one has nothing but a blank segment.
+    for cuts in ((1,), (1, 3), (5,)):
+        shared, shared_metrics, _ = train(SOLVERS[solver], curvature, SETTINGS, cuts, torch.float64)
+        assert error(shared, alone) < 1e-10, cuts
+        assert shared_metrics == pytest.approx(metrics, rel=1e-7, abs=1e-10)
+
+
+@pytest.mark.parametrize("kernels", [None, native.load()], ids=["torch", "kernels"])
+def test_single_precision(kernels):
+    alone, *_ = train(Nystrom(3, 50.0), Hessian, SETTINGS, (), torch.float32, kernels)
+    shared, *_ = train(Nystrom(3, 50.0), Hessian, SETTINGS, (1, 2), torch.float32, kernels)
+    assert error(shared, alone) < 1e-5
+
+
+def test_penalties_and_clipping():
+    settings = replace(SETTINGS, leader=LeaderLoss(0.1, entropy_coeff=0.01, kl_coeff=0.5), grad_clip=0.1)
+    alone, *_ = train(Nystrom(3, 0.1), Hessian, settings, (), torch.float64)
+    shared, *_ = train(Nystrom(3, 0.1), Hessian, settings, (2,), torch.float64)
+    assert error(shared, alone) < 1e-10
+
+
+@pytest.mark.parametrize("solver", ["nystrom", "cg", "none"])
+def test_without_any_one_of_its_sums_the_result_is_another(solver):
+    """Mutation: skip the i-th exchange of every update phase, for each i that touches the weights."""
+    settings = replace(SETTINGS, num_epochs=1)
+    alone, *_ = train(SOLVERS[solver], Hessian, settings, (), torch.float64)
+    _, _, calls = train(SOLVERS[solver], Hessian, settings, (2,), torch.float64)
+    per_phase = calls // NUM_UPDATES
+    # Steps per minibatch; N nested gradients; g_θ, v and rows in one; CG's products; the mixed product.
+    expected = 1 + settings.num_critic_updates + {"nystrom": 2, "cg": 2 + SOLVERS["cg"].iterations, "none": 1}[solver]
+    # Behind those, what only enters metrics: the sums of the phase, and one product for the residual.
+    assert per_phase == expected + (1 if solver == "none" else 2)
+    for site in range(expected):
+        mutated, *_ = train(
+            SOLVERS[solver],
+            Hessian,
+            settings,
+            (2,),
+            torch.float64,
+            leave_out=lambda call, s=site: call % per_phase == s,
+        )
+        assert not error(mutated, alone) < 1e-6, f"exchange {site} of {expected} does nothing"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_plans_agree(seed):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 400, rng.integers(1, 6)).tolist()
+    counts[0] += 1
+    size, length = int(rng.integers(1, 200)), int(rng.integers(1, 200))
+    plans = [SegmentPlan.of(counts, rank, size, length) for rank in range(len(counts))]
+    assert len({plan.num_minibatches for plan in plans}) == 1
+    for plan, count in zip(plans, counts):
+        assert plan.num_segments <= count
+        assert (plan.num_segments > 0) == (count > 0)
+        assert plan.num_rows % plan.num_minibatches == 0
+        assert plan.num_rows >= max(1, plan.num_segments)
+    assert max(plan.num_segments for plan in plans) >= plans[0].num_minibatches
+
+
+class DoubleModule(BLPOTorchRLModule):
+    """In float64."""
+
+    def setup(self):
+        super().setup()
+        self.double()
+
+
+def group_config(num_learners, modules, **training):
+    space = gym.spaces.Box(-np.inf, np.inf, (OBS_SIZE,), np.float32)
+    spec = RLModuleSpec(
+        module_class=DoubleModule,
+        observation_space=space,
+        action_space=gym.spaces.Discrete(2),
+        model_config={"fcnet_hiddens": [8, 8], "vf_share_layers": False},
+    )
+    return (
+        BLPOConfig()
+        .environment(observation_space=space, action_space=gym.spaces.Discrete(2))
+        .multi_agent(policies=set(modules), policy_mapping_fn=lambda agent_id, episode, **kw: agent_id)
+        .rl_module(rl_module_spec=MultiRLModuleSpec(rl_module_specs={m: spec for m in modules}))
+        .learners(num_learners=num_learners, num_cpus_per_learner=0.3)
+        .training(minibatch_size=None, num_epochs=2, normalize_rewards=True, segment_length=1000, **training)
+        .debugging(seed=5)
+    )
+
+
+def module_episode(module_id, length, rng):
+    """An episode of one agent under the module of its own name."""
+    return SingleAgentEpisode(
+        agent_id=module_id,
+        module_id=module_id,
+        observations=list(rng.normal(size=(length + 1, OBS_SIZE)).astype(np.float32)),
+        actions=list(rng.integers(2, size=length)),
+        rewards=list(rng.normal(size=length)),
+        extra_model_outputs={
+            Columns.ACTION_LOGP: list(np.full(length, -0.7, np.float32)),
+            Columns.ACTION_DIST_INPUTS: list(np.zeros((length, 2), np.float32)),
+        },
+        terminated=bool(rng.integers(2)),
+        len_lookback_buffer=0,
+    ).to_numpy()
+
+
+def iteration_episodes(number):
+    """Of module a many episodes, of module b a single one: some learner gets none of it."""
+    rng = np.random.default_rng(number)
+    return [module_episode("a", int(n), rng) for n in rng.integers(5, 41, 5)] + [module_episode("b", 40, rng)]
+
+
+def parameters_of(learner):
+    """RLlib's own get_state() would round to float32."""
+    return {f"{m}.{n}": p for m in ("a", "b") for n, p in learner.module[m].unwrapped().named_parameters()}
+
+
+def set_weights(learner):
+    """Equal weights whatever a learner's build has drawn before."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in parameters_of(learner).values():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+
+
+def get_weights(learner):
+    return {name: p.detach().numpy().copy() for name, p in parameters_of(learner).items()}
+
+
+def update_learner(learner, shards):
+    learner.update(episodes=shards[learner._reduction.rank], num_epochs=2, minibatch_size=None, timesteps={})
+
+
+def group_weights(num_learners, hypergradient):
+    """Weights of both modules after NUM_UPDATES updates by a learner group, each learner given every n-th episode."""
+    config = group_config(num_learners, ("a", "b"), hypergradient=hypergradient, cg_iterations=4, cg_damping=1.0)
+    group = config.build_learner_group()
+    group.foreach_learner(set_weights)
+    for number in range(NUM_UPDATES // 2):
+        episodes = iteration_episodes(number)
+        shards = [episodes[i :: max(1, num_learners)] for i in range(max(1, num_learners))]
+        results = group.foreach_learner(partial(update_learner, shards=shards))
+        assert all(result.ok for result in results), [result.get() for result in results]
+    everyone = [result.get() for result in group.foreach_learner(get_weights)]
+    group.shutdown()
+    for other in everyone[1:]:
+        for name, value in other.items():
+            np.testing.assert_array_equal(value, everyone[0][name])
+    vector = np.concatenate([np.ravel(x) for x in everyone[0].values()])
+    assert vector.dtype == np.float64
+    return vector
+
+
+@pytest.mark.parametrize(
+    "hypergradient", ["nystrom", *(pytest.param(x, marks=pytest.mark.slow) for x in ("cg", "none"))]
+)
+def test_learner_groups_of_any_size_agree(hypergradient):
+    """Real processes meeting over gloo; two modules, one of which some learner has no step of; scaled rewards."""
+    alone = group_weights(0, hypergradient)
+    for num_learners in (2, 3):
+        shared = group_weights(num_learners, hypergradient)
+        assert np.linalg.norm(shared - alone) < 1e-10 * np.linalg.norm(alone), num_learners
