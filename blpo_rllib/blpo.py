@@ -17,6 +17,8 @@ from ray.rllib.utils.typing import LearningRateOrSchedule
 
 from blpo_rllib.core.curvature import CURVATURES, Curvature
 from blpo_rllib.core.ihvp import ConjugateGradient, Exact, IHVPSolver, Nystrom
+from blpo_rllib.env_runner import BatchedEnvRunner
+from blpo_rllib.envpool import check_task, envpool_task
 from blpo_rllib.players import RLModulePlayers, check_module_class
 from blpo_rllib.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
 
@@ -55,6 +57,7 @@ class BLPOConfig(PPOConfig):
     cg_iterations: int
     cg_damping: float
     exact_damping: float
+    env_runner_cls: type | None
 
     def __init__(self, algo_class: type[Algorithm] | None = None):
         super().__init__(algo_class=algo_class or BLPO)
@@ -212,11 +215,34 @@ class BLPOConfig(PPOConfig):
     @override(PPOConfig)
     def validate(self) -> None:
         super().validate()
+        self._choose_env_runner()
+        self._validate_envpool()
         self._validate_ranges()
         self._validate_solver()
         self._validate_without_meaning()
         self._validate_segments()
         self._validate_modules()
+
+    def _choose_env_runner(self) -> None:
+        """Batched sampling by default, where RLlib would take its single-agent EnvRunner."""
+        if self.env_runner_cls in (None, BatchedEnvRunner):
+            self.env_runner_cls = None if self.is_multi_agent or self.output else BatchedEnvRunner
+
+    def _validate_envpool(self) -> None:
+        task = envpool_task(self.env)
+        if task is None:
+            return
+        if self.env_runner_cls is None or not issubclass(self.env_runner_cls, BatchedEnvRunner):
+            name = "RLlib's default" if self.env_runner_cls is None else self.env_runner_cls.__name__
+            self._value_error(
+                f"env={self.env!r} needs a single-agent BatchedEnvRunner, but the EnvRunner is {name}: leave "
+                f"env_runner_cls, output and multi_agent() unset, or use env=EnvPoolCreator({task!r}) with "
+                'gym_env_vectorize_mode="vector_entry_point"'
+            )
+        try:
+            check_task(task, dict(self.env_config))
+        except ValueError as error:
+            self._value_error(str(error))
 
     def _validate_ranges(self) -> None:
         for name in ("actor_lr", "critic_lr"):

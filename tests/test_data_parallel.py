@@ -233,7 +233,7 @@ def group_config(num_learners, modules, **training):
         BLPOConfig()
         .environment(observation_space=space, action_space=gym.spaces.Discrete(2))
         .multi_agent(policies=set(modules), policy_mapping_fn=lambda agent_id, episode, **kw: agent_id)
-        .rl_module(rl_module_spec=MultiRLModuleSpec(rl_module_specs={m: spec for m in modules}))
+        .rl_module(rl_module_spec=MultiRLModuleSpec(rl_module_specs=dict.fromkeys(modules, spec)))
         .learners(num_learners=num_learners, num_cpus_per_learner=0.3)
         .training(minibatch_size=None, num_epochs=2, normalize_rewards=True, segment_length=1000, **training)
         .debugging(seed=5)
