@@ -141,7 +141,7 @@ class RewardScale(ConnectorV2):
         ]
         # An episode may be spread over learners, and go on elsewhere in the next batch: everyone sees all fragments.
         everyone = [fragment for part in self._reduction.gather(fragments) for fragment in part]
-        open_returns = {}
+        open_returns: dict[Any, float] = {}
         for fragment in sorted(everyone, key=lambda f: f.start):
             value = open_returns.pop(fragment.episode, self._open_returns.get(fragment.episode, 0.0))
             moments, last = fragment.moments_and_last(value)

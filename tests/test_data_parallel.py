@@ -9,6 +9,7 @@ from functools import partial
 import gymnasium as gym
 import numpy as np
 import pytest
+import ray
 import torch
 from episodes import OBS_SIZE
 from problems import SmallPlayers, random_batch
@@ -304,6 +305,14 @@ def group_weights(num_learners, hypergradient):
     return vector
 
 
+@pytest.fixture(scope="module")
+def ray_instance():
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("ray_instance")
 @pytest.mark.parametrize(
     "hypergradient", ["nystrom", *(pytest.param(x, marks=pytest.mark.slow) for x in ("cg", "none"))]
 )

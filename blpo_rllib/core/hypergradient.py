@@ -146,7 +146,8 @@ def mixed_product(
 ) -> Tensor:
     r"""This process's term of ∇²_θw L · x = d/dw [∇_θ S] · x.
 
-    S(θ, w) = −2 Σ_t s_t(θ, adv(w)) (y_t − V_t(w)), over all steps, estimates the dependence of the critic's loss on θ by a score-function trick; it is a sum over t, not a mean.
+    S(θ, w) = −2 Σ_t s_t(θ, adv(w)) (y_t − V_t(w)), over all steps, estimates the dependence of the critic's loss on θ
+    by a score-function trick; it is a sum over t, not a mean.
     """
     score = -2 * batch.step * surrogate.ratio
     if cross_clip is not None:
