@@ -13,13 +13,14 @@ import gymnasium as gym
 import torch
 import tree
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
+from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.connectors.learner import GeneralAdvantageEstimation
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.learner import Learner
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
-from ray.rllib.policy.sample_batch import MultiAgentBatch
+from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.annotations import override
 
 from blpo_rllib.connectors import SEGMENT_CONTINUES, SEGMENT_STEP, PackSegments, RewardScale
@@ -58,6 +59,8 @@ class BLPOTorchLearner(PPOTorchLearner):
         # The players are made in `configure_optimizers_for_module`, which `super().build()` calls.
         self._bilevel_updates: dict[str, BilevelUpdate] = {}
         self._reward_scale: RewardScale | None = None
+        # In which learners exchange something, so that all of them have to run, with or without episodes.
+        self._meeting_connectors: list[ConnectorV2] = []
         self._num_epochs = 1
         self._minibatch_size: int | None = None
         self._plans: dict[str, SegmentPlan] = {}
@@ -68,10 +71,13 @@ class BLPOTorchLearner(PPOTorchLearner):
         # PPO computes advantages once, on the host; here they are a function of the critic, inside the update.
         self._learner_connector.remove(GeneralAdvantageEstimation)
         width_multiple = COMPILED_WIDTH_MULTIPLE if self.config.torch_compile_learner else 1
-        self._learner_connector.append(PackSegments(self._plan_segments, self._blank_item, width_multiple))
+        pack = PackSegments(self._plan_segments, self._blank_item, width_multiple)
+        self._learner_connector.append(pack)
+        self._meeting_connectors = [pack]
         if self.config.normalize_rewards:
             self._reward_scale = RewardScale(self.config.gamma, self._reduction)
             self._learner_connector.prepend(self._reward_scale)
+            self._meeting_connectors.insert(0, self._reward_scale)
 
     @override(TorchLearner)
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
@@ -183,7 +189,10 @@ class BLPOTorchLearner(PPOTorchLearner):
         if training_data.data_iterators:
             raise ValueError("BLPO is on-policy and learns from episodes, not from data iterators (offline data)")
         self._num_epochs, self._minibatch_size = num_epochs, minibatch_size
-        batch = self._make_batch_if_necessary(training_data=training_data)
+        if training_data.episodes == []:
+            batch = self._batch_without_episodes()
+        else:
+            batch = self._make_batch_if_necessary(training_data=training_data)
         modules = {
             module_id: module_batch
             for module_id, module_batch in batch.policy_batches.items()
@@ -193,6 +202,13 @@ class BLPOTorchLearner(PPOTorchLearner):
             # What RLlib's counters of trained steps read; left alone it is the number of segments.
             module_batch.count = num_epochs * int(module_batch[SEGMENT_STEP].sum())
         return [MultiAgentBatch(modules, num_epochs * batch.env_steps())]
+
+    def _batch_without_episodes(self) -> MultiAgentBatch:
+        """What a learner to whose share no episode fell takes part with; RLlib's connectors assume that there is one."""
+        columns: dict[str, Any] = {}
+        for connector in self._meeting_connectors:
+            columns = connector(rl_module=self.module, batch=columns, episodes=[])
+        return MultiAgentBatch({module_id: SampleBatch(x) for module_id, x in columns.items()}, env_steps=0)
 
     @override(TorchLearner)
     def _update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
