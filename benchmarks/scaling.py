@@ -2,14 +2,15 @@
 
     python benchmarks/scaling.py --num-env-runners 1 2 --num-learners 1 2
 
-Measured: environment steps per second against remote EnvRunners, with the time that passes outside them (calls, transport
-of episodes, weights); one update of the same global batch against learners, with the number and bytes of the sums they
-exchange; and the time of such a sum against its size. The model adds these up for synchronous training,
+Measured: environment steps per second against remote EnvRunners, with the time that passes outside them (calls,
+transport of episodes, weights); one update of the same global batch against learners, with the number and bytes of the
+sums they exchange; and the time of such a sum against its size. The model adds these up for synchronous training,
 
-    T = steps / (R · rate) + R · call + steps · transport + steps · connectors / L + M · (compute(L) + sums · exchange(L)),
+    T = steps / (R · rate) + R · call + steps · transport + steps · connectors / L
+        + M · (compute(L) + sums · exchange(L)),
 
-for R EnvRunners and L learners, and prints T's parts for clusters up to 1000 EnvRunners and 16 learners. Its extrapolations
-are arithmetic on numbers of this machine, not measurements; docs/scaling.md says how to put in your own.
+for R EnvRunners and L learners, and prints T's parts for clusters up to 1000 EnvRunners and 16 learners. Its
+extrapolations are arithmetic on numbers of this machine, not measurements; docs/scaling.md says more.
 """
 
 from __future__ import annotations

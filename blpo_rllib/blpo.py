@@ -256,6 +256,8 @@ class BLPOConfig(PPOConfig):
         for name in ("num_critic_updates", "num_epochs"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 self._value_error(f"{name}={getattr(self, name)!r} must be an integer >= 1")
+        if not isinstance(self.native_kernels, bool):
+            self._value_error(f"native_kernels={self.native_kernels!r} must be True or False")
         for name in ("hypergradient_bound", "cross_clip_param"):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or value < 0):

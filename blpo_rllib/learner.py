@@ -204,7 +204,7 @@ class BLPOTorchLearner(PPOTorchLearner):
         return [MultiAgentBatch(modules, num_epochs * batch.env_steps())]
 
     def _batch_without_episodes(self) -> MultiAgentBatch:
-        """What a learner to whose share no episode fell takes part with; RLlib's connectors assume that there is one."""
+        """With what a learner that got no episode takes part; RLlib's connectors assume that there is one."""
         columns: dict[str, Any] = {}
         for connector in self._meeting_connectors:
             columns = connector(rl_module=self.module, batch=columns, episodes=[])

@@ -1,8 +1,13 @@
 """Small random problems in float64 for the tests of the mathematics."""
 
+import os
+import shutil
+
+import pytest
 import torch
 from torch import nn
 
+from blpo_rllib.core import native
 from blpo_rllib.core.curvature import CriticLoss
 from blpo_rllib.core.gae import Masks, advantage_operator
 from blpo_rllib.core.minibatch import Players
@@ -15,6 +20,15 @@ from blpo_rllib.core.segments import SegmentBatch
 FLOAT64 = torch.float64
 OBS_SIZE = 3
 NUM_ACTIONS = 2
+
+
+def compiled_kernels():
+    """The kernels; skips the test on a machine without a C++ compiler."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no C++ compiler")
+    kernels = native.load()
+    assert kernels is not None
+    return kernels
 
 
 def network(*sizes, activation=nn.Tanh):

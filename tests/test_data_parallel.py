@@ -12,7 +12,7 @@ import pytest
 import ray
 import torch
 from episodes import OBS_SIZE
-from problems import SmallPlayers, random_batch
+from problems import SmallPlayers, compiled_kernels, random_batch
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
@@ -20,7 +20,6 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from test_update import SETTINGS, weights
 
 from blpo_rllib import BLPOConfig
-from blpo_rllib.core import native
 from blpo_rllib.core.curvature import GaussNewton, Hessian
 from blpo_rllib.core.gae import Masks, advantage_operator
 from blpo_rllib.core.hypergradient import LeaderLoss
@@ -161,8 +160,9 @@ def test_unequal_shards_change_nothing(solver, curvature):
         assert shared_metrics == pytest.approx(metrics, rel=1e-7, abs=1e-10)
 
 
-@pytest.mark.parametrize("kernels", [None, native.load()], ids=["torch", "kernels"])
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
 def test_single_precision(kernels):
+    kernels = compiled_kernels() if kernels else None
     alone, *_ = train(Nystrom(3, 50.0), Hessian, SETTINGS, (), torch.float32, kernels)
     shared, *_ = train(Nystrom(3, 50.0), Hessian, SETTINGS, (1, 2), torch.float32, kernels)
     assert error(shared, alone) < 1e-5

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from problems import compiled_kernels
 
-from blpo_rllib.core import native
 from blpo_rllib.core.gae import BlockwiseAdvantage, Masks, RecurrentAdvantage, advantage_operator
 
 GAMMA, LAMBDA = 0.97, 0.9
@@ -12,7 +12,7 @@ GAMMA, LAMBDA = 0.97, 0.9
 @pytest.fixture(params=[BlockwiseAdvantage, RecurrentAdvantage], ids=lambda kind: kind.__name__)
 def operator_of(request):
     """Makes the operator of given masks."""
-    kernels = native.load() if request.param is RecurrentAdvantage else None
+    kernels = compiled_kernels() if request.param is RecurrentAdvantage else None
 
     def make(step, terminated, continues, gamma, lambda_):
         operator = advantage_operator(Masks(step, terminated, continues), gamma, lambda_, kernels)
@@ -95,6 +95,6 @@ def test_many_rows_are_shared_out_between_threads():
     step, terminated, continues = random_masks(300, 300, 7)
     rewards, values = torch.randn(2, 300, 300, dtype=torch.float64)
     masks = Masks(step, terminated, continues)
-    plain, fast = (advantage_operator(masks, GAMMA, LAMBDA, kernels) for kernels in (None, native.load()))
+    plain, fast = (advantage_operator(masks, GAMMA, LAMBDA, kernels) for kernels in (None, compiled_kernels()))
     torch.testing.assert_close(fast.advantages(rewards, values), plain.advantages(rewards, values))
     torch.testing.assert_close(fast.adjoint(rewards * step), plain.adjoint(rewards * step))

@@ -5,10 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from problems import FLOAT64, NUM_ACTIONS, SmallPlayers, flat_obs, random_batch
+from problems import FLOAT64, NUM_ACTIONS, SmallPlayers, compiled_kernels, flat_obs, random_batch
 from torch import nn
 
-from blpo_rllib.core import native
 from blpo_rllib.core.mlp import MLP
 from blpo_rllib.core.mlp_native import NativeCriticPass, critic_pass
 
@@ -17,7 +16,7 @@ HIDDEN = [(), (4,), (5, 4), (6, 5, 4), (17, 33, 9, 8)]
 
 @pytest.fixture(params=[False, True], ids=["torch", "kernels"])
 def kernels(request):
-    return native.load() if request.param else None
+    return compiled_kernels() if request.param else None
 
 
 @pytest.fixture(params=[(h, a) for h in HIDDEN for a in (nn.Tanh, nn.ReLU)], ids=str)
@@ -100,11 +99,11 @@ def test_kernels_in_float32_at_real_sizes(hidden, num_inputs, n, num_threads):
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        critic = critic_pass(single, obs, native.load())
+        critic = critic_pass(single, obs, compiled_kernels())
         assert isinstance(critic, NativeCriticPass)
         actual = products(critic, single, torch.float32)
         torch.set_num_threads(1)
-        alone = products(critic_pass(single, obs, native.load()), single, torch.float32)
+        alone = products(critic_pass(single, obs, compiled_kernels()), single, torch.float32)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(x, y) for x, y in zip(actual, alone))
@@ -119,11 +118,11 @@ def test_kernels_pass_on_what_is_not_finite():
     for bad in (float("nan"), float("inf")):
         weights = torch.rand(20)
         weights[3] = bad
-        critic = critic_pass(MLP.of([network]), obs, native.load())
+        critic = critic_pass(MLP.of([network]), obs, compiled_kernels())
         assert not torch.isfinite(critic.gradient(weights)).all()
         assert not torch.isfinite(critic.vjp(weights)).all()
     obs[7, 1] = float("nan")
-    values = critic_pass(MLP.of([network]), obs, native.load()).values
+    values = critic_pass(MLP.of([network]), obs, compiled_kernels()).values
     assert torch.isnan(values[7])
     assert torch.isfinite(values).sum() == 19
 
@@ -134,5 +133,5 @@ def test_saturated_units_are_exactly_one():
         network[0].weight.copy_(torch.tensor([[1.0], [-1.0]]))
         network[0].bias.zero_()
     z = torch.tensor([[-1e30], [-100.0], [-0.5], [0.0], [1e-3], [3.0], [50.0], [1e30]])
-    critic = critic_pass(MLP.of([network]), z, native.load())
+    critic = critic_pass(MLP.of([network]), z, compiled_kernels())
     torch.testing.assert_close(critic._pass.hidden(1), torch.tanh(torch.cat([z, -z], 1)).T, rtol=0, atol=2e-7)

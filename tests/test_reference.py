@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from problems import compiled_kernels
 from torch import nn
 
-from blpo_rllib.core import native
 from blpo_rllib.core.adam import AdamSteps
 from blpo_rllib.core.curvature import CriticLoss, Hessian
 from blpo_rllib.core.gae import Masks, advantage_operator
@@ -169,7 +169,7 @@ def test_minibatches_match_published_numbers(path, dtype, how):
     cases = sorted({k.split("/")[0] for k in file if k.startswith("case")})
     assert cases
     for name in cases:
-        case = Case(file, name, dtype, how != "automatic", native.load() if how == "kernels" else None)
+        case = Case(file, name, dtype, how != "automatic", compiled_kernels() if how == "kernels" else None)
         loss, solver = case.critic_loss(), solver_of(file, case)
         columns = case.columns(solver.columns) if isinstance(solver, Nystrom) else None
         result = hypergradient(

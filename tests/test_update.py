@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from problems import FLOAT64, SmallPlayers, random_batch
+from problems import FLOAT64, SmallPlayers, compiled_kernels, random_batch
 
-from blpo_rllib.core import native
 from blpo_rllib.core.adam import AdamSteps
 from blpo_rllib.core.curvature import GaussNewton, Hessian
 from blpo_rllib.core.gae import BlockwiseAdvantage, Masks
@@ -78,7 +77,7 @@ def twins(count=2):
 def triplets():
     """Equal players: differentiated automatically, by hand, and by compiled kernels."""
     players = twins(3)
-    players[2].kernels = native.load()
+    players[2].kernels = compiled_kernels()
     return players
 
 
@@ -157,9 +156,10 @@ def test_no_solver_is_nested_ppo_and_a_broken_solver_falls_back_to_it():
     assert (weights(working) - weights(plain)).abs().max() > 1e-6, "a working solver must not fall back"
 
 
-@pytest.mark.parametrize("kernels", [None, native.load()], ids=["torch", "kernels"])
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_data_reaches_neither_weights_nor_optimizers(bad, kernels):
+    kernels = compiled_kernels() if kernels else None
     batch = random_batch(num_segments=2, kernels=kernels)
     rewards = batch.rewards.clone()
     rewards[0, 1] = bad
@@ -205,7 +205,7 @@ def test_state_restores_the_next_update_bit_for_bit():
     restored.critic_parameters = list(restored.critic_network.parameters())
     restored.actor_parameters = [*restored.actor_network.parameters(), restored.log_std]
     again = make(restored, Nystrom(3))
-    again._order_generator = again._column_generator = np.random.default_rng(99)
+    again._order_generator, again._column_generator = (np.random.default_rng(seed) for seed in (98, 99))
     again.set_state(copy.deepcopy(update.get_state()))
     for mine, theirs in zip(optimizers_of(again), optimizers_of(update), strict=True):
         mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
@@ -214,10 +214,11 @@ def test_state_restores_the_next_update_bit_for_bit():
     assert weights(players).dtype == FLOAT64
 
 
-@pytest.mark.parametrize("kernels", [None, native.load()], ids=["torch", "kernels"])
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_parameters_of_any_memory_layout_and_a_moving_rate(kernels, max_norm):
     """The fused steps against torch's plain Adam."""
+    kernels = compiled_kernels() if kernels else None
     torch.manual_seed(1)
     mine = [torch.randn(3, 4, dtype=FLOAT64).T.requires_grad_(), torch.randn(3, dtype=FLOAT64).requires_grad_()]
     theirs = [p.detach().clone().requires_grad_() for p in mine]
@@ -256,7 +257,8 @@ def test_compiled_equals_plain(backend, solver, caplog):
     updates = [make(plain, copy.deepcopy(solver)), make(fast, copy.deepcopy(solver), compile_=compiled(backend))]
     for data in (batch, replace(batch, rewards=rewards), batch):
         metrics = [update.run(data, 2, SETTINGS) for update in updates]
-        assert metrics[0] == pytest.approx(metrics[1], rel=1e-6, abs=1e-9)
+        # The residual is that of the last minibatch, which may be the bad one.
+        assert metrics[0] == pytest.approx(metrics[1], rel=1e-6, abs=1e-9, nan_ok=True)
         torch.testing.assert_close(weights(fast), weights(plain), rtol=1e-8, atol=1e-10)
     assert "torch.compile failed" not in caplog.text
     for mine, theirs in zip(*map(optimizers_of, updates), strict=True):
