@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test test-slow lint
+.PHONY: setup train test test-slow test-chaos lint
 
 setup: $(STAMP)
 
@@ -22,6 +22,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Ten minutes; CHAOS_SECONDS=90 make test-chaos for a first look.
+test-chaos: $(STAMP)
+	$(BIN)/python -m pytest -m chaos --capture=no
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

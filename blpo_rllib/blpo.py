@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
 
+import pyarrow.fs
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.algorithms.ppo.ppo import PPO, PPOConfig
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.annotations import override
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 from ray.rllib.utils.schedules.scheduler import Scheduler
 from ray.rllib.utils.typing import LearningRateOrSchedule
+from ray.train._internal.session import _TrainingResult
+from ray.tune import Checkpoint
+from ray.tune.result import TIME_TOTAL_S, TRAINING_ITERATION
 
+from blpo_rllib import checkpoints
 from blpo_rllib.core.curvature import CURVATURES, Curvature
 from blpo_rllib.core.ihvp import ConjugateGradient, Exact, IHVPSolver, Nystrom
 from blpo_rllib.env_runner import BatchedEnvRunner
 from blpo_rllib.envpool import check_task, envpool_task
 from blpo_rllib.players import RLModulePlayers, check_module_class
 from blpo_rllib.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
+
+logger = logging.getLogger(__name__)
+
+_ENV_STEPS = (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME)
 
 # The solvers that `hypergradient` knows by name, made from the config's fields.
 IHVP_SOLVERS: dict[str, Callable[[BLPOConfig], IHVPSolver | None]] = {
@@ -363,9 +376,110 @@ def _is_number(value: Any) -> bool:
 
 
 class BLPO(PPO):
-    """PPO's synchronous sample-and-learn loop with a bilevel learner: :class:`~blpo_rllib.learner.BLPOTorchLearner`."""
+    """PPO's synchronous sample-and-learn loop with a bilevel learner: :class:`~blpo_rllib.learner.BLPOTorchLearner`.
+
+    Checkpoints are sealed (:mod:`blpo_rllib.checkpoints`), and one that is torn or foreign is refused. In a Tune trial
+    the algorithm goes back by itself to the trial's newest whole checkpoint, whenever it is started.
+    """
 
     @classmethod
     @override(PPO)
     def get_default_config(cls) -> AlgorithmConfig:
         return BLPOConfig()
+
+    @override(PPO)
+    def setup(self, config: AlgorithmConfig) -> None:
+        self._resumed = False
+        super().setup(config)
+        if self._storage is not None:
+            self._resume(self._storage)
+
+    def _resume(self, storage: Any) -> None:
+        """Goes back to the newest whole checkpoint in the trial's folder, which may be newer than the one Tune knows.
+
+        Tune learns of a checkpoint after it is written, deems it whole without a look, and starts from scratch if it
+        cannot be restored (ray/tune/experiment/trial.py, _handle_restore_error).
+        """
+        filesystem, folder = storage.storage_filesystem, storage.trial_fs_path
+        numbers = [checkpoints.index(path) for path in checkpoints.checkpoints(filesystem, folder)]
+        # Tune numbers on from what it knows, and would write into a checkpoint that is there already.
+        storage.current_checkpoint_index = max([storage.current_checkpoint_index, *numbers])
+        found = checkpoints.newest_valid(filesystem, folder)
+        if found is None:
+            return
+        path, about = found
+        super().restore(_TrainingResult(Checkpoint(path, filesystem), about["progress"]))
+        self._resumed = True
+        logger.warning("going on from checkpoint %s: %s", path, about["progress"])
+
+    @override(PPO)
+    def restore(self, checkpoint_path: Any) -> None:
+        """Tune's call on a restarted trial, which is back already; another trial's checkpoint (from PBT) is taken."""
+        checkpoint = getattr(checkpoint_path, "checkpoint", checkpoint_path)
+        folder = Path(getattr(checkpoint, "path", checkpoint)).parent
+        if not (self._resumed and folder == Path(self._storage.trial_fs_path)):
+            super().restore(checkpoint_path)
+
+    @override(PPO)
+    def training_step(self) -> None:
+        self._check_learners()
+        super().training_step()
+
+    def _check_learners(self) -> None:
+        """RLlib goes on with the learners that are left (ray/rllib/utils/actor_manager.py, healthy_only), and ignores
+        one that dies while it writes its part of a checkpoint (ray/rllib/utils/checkpoints.py, save_to_path).
+
+        Raises:
+            RuntimeError: If a learner died; Tune then starts the algorithm anew.
+        """
+        manager = self.learner_group._worker_manager
+        if manager is not None and manager.num_healthy_actors() < manager.num_actors():
+            dead = manager.num_actors() - manager.num_healthy_actors()
+            raise RuntimeError(f"{dead} of {manager.num_actors()} learners died; training goes back to a checkpoint")
+
+    @override(PPO)
+    def save_to_path(self, path: Any = None, *, filesystem: pyarrow.fs.FileSystem | None = None, **kwargs: Any) -> str:
+        path = path or tempfile.mkdtemp()
+        filesystem, path = checkpoints.resolve(path, filesystem)
+        super().save_to_path(path, filesystem=filesystem, **kwargs)
+        self._check_learners()
+        progress = {TRAINING_ITERATION: self.training_iteration, TIME_TOTAL_S: self._time_total}
+        progress[NUM_ENV_STEPS_SAMPLED_LIFETIME] = int(self.metrics.peek(_ENV_STEPS, default=0))
+        checkpoints.seal(filesystem, path, {"progress": progress})
+        return path
+
+    @override(PPO)
+    def restore_from_path(
+        self,
+        path: Any,
+        *args: Any,
+        component: str | None = None,
+        filesystem: pyarrow.fs.FileSystem | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if component is None:
+            checkpoints.check(*checkpoints.resolve(path, filesystem))
+            self._forget_weights_seq_no()
+        else:
+            # RLlib reads it from the keyword arguments, where None stands for a name.
+            kwargs["component"] = component
+        super().restore_from_path(path, *args, filesystem=filesystem, **kwargs)
+
+    def _forget_weights_seq_no(self) -> None:
+        """Weights older than those in place are ignored (ray/rllib/core/learner/learner.py and
+        ray/rllib/env/single_agent_env_runner.py, set_state), which must not happen to a checkpoint's.
+        """
+
+        def forget(worker: Any) -> None:
+            worker._weights_seq_no = 0
+
+        self.learner_group.foreach_learner(forget)
+        for group in (self.env_runner_group, self.eval_env_runner_group):
+            if group is not None:
+                group.foreach_env_runner(forget)
+
+    @classmethod
+    @override(PPO)
+    def from_checkpoint(cls, path: Any, filesystem: pyarrow.fs.FileSystem | None = None, **kwargs: Any) -> Algorithm:
+        checkpoints.check(*checkpoints.resolve(path, filesystem))
+        return super().from_checkpoint(path, filesystem=filesystem, **kwargs)

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # BLPO on a Slurm cluster:  sbatch cluster/slurm.sh
-# One GPU node (head and learner) and CPU nodes (EnvRunners), as a heterogeneous job. A requeued job goes on from its
-# last checkpoint.
+# One GPU node (head and learner) and CPU nodes (EnvRunners), as a heterogeneous job. A requeued job, or one submitted
+# again after its time was up, goes on from its last checkpoint.
 
 # ---- change these names: partitions, sizes, time ---------------------------------------------------------------------
 #SBATCH --job-name=blpo
 #SBATCH --output=blpo-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
+# Five minutes before the time is up this script, and no Ray node, gets SIGTERM: the run ends with a checkpoint.
+#SBATCH --signal=B:TERM@300
 #SBATCH --partition=gpu
 #SBATCH --time=24:00:00
 #SBATCH --nodes=1
@@ -72,7 +74,26 @@ wait_for_head
 srun --het-group=1 --cpus-per-task="$WORKER_CPUS" \
     ray start --block --address="$address" --num-cpus="$WORKER_CPUS" &
 
+train() {
+    export RAY_ADDRESS="$address"
+    exec python tuned_examples/hopper_blpo.py \
+        --num-env-runners 32 --num-envs-per-env-runner 1 --num-learners 1 --num-gpus-per-learner 1 \
+        --output "$RESULTS" --resume
+}
+
+# A signal ends `wait` early; the run itself ends when its checkpoint is written.
+wait_for_training() {
+    local status=0
+    wait "$training" || status=$?
+    while kill -0 "$training" 2>/dev/null; do
+        status=0
+        wait "$training" || status=$?
+    done
+    return "$status"
+}
+
 # Tune waits until enough nodes have joined.
-RAY_ADDRESS="$address" python tuned_examples/hopper_blpo.py \
-    --num-env-runners 32 --num-envs-per-env-runner 1 --num-learners 1 --num-gpus-per-learner 1 \
-    --checkpoint-freq 10 --checkpoint-at-end --output "$RESULTS" --resume
+train &
+training=$!
+trap 'kill -TERM "$training" 2>/dev/null || true' TERM
+wait_for_training

@@ -31,10 +31,6 @@ CLOUDS = ("aws", "gcp")
 LAUNCHERS = (*CLOUDS, "on_premise")
 MANIFESTS = {"raycluster": "ray.io_rayclusters.yaml", "rayjob": "ray.io_rayjobs.yaml"}
 
-# Options that cluster files use before the examples have them, or have them with this meaning (RLlib's own --output
-# writes episodes). Each with the number of its values; remove a line when the option is there.
-PENDING_OPTIONS = {"--output": 1, "--resume": 0}
-
 
 def read(name):
     return (CLUSTER / name).read_text()
@@ -280,7 +276,7 @@ def test_slurm_directives():
     assert text.count("#SBATCH") == before_first_command.count("#SBATCH"), "sbatch reads none after the first command"
     learner, env_runners = directives()
     known_options = {"job-name", "output", "open-mode", "requeue", "partition", "time", "nodes", "ntasks-per-node"}
-    known_options |= {"cpus-per-task", "gpus-per-node"}
+    known_options |= {"cpus-per-task", "gpus-per-node", "signal"}
     for component in (learner, env_runners):
         assert {option.removeprefix("--") for option in component} <= known_options
         assert re.fullmatch(r"(\d+-)?\d+:\d\d:\d\d", component["--time"])
@@ -293,8 +289,11 @@ def test_slurm_directives():
         assert re.search(rf"^{name}=(\d+)$", text, flags=re.MULTILINE).group(1) == component["--cpus-per-task"]
 
 
-def run_slurm_script(tmp_path, exit_code):
-    """Runs slurm.sh with stand-ins that write down how they are called; `ray start` stays until it is ended."""
+def run_slurm_script(tmp_path, example):
+    """Runs slurm.sh with stand-ins that write down how they are called; `ray start` stays until it is ended.
+
+    ``example`` is what stands in for the training, in bash.
+    """
     bin_folder, log = tmp_path / "venv/bin", tmp_path / "log"
     bin_folder.mkdir(parents=True)
     (bin_folder / "activate").write_text(f'PATH="{bin_folder}:$PATH"')
@@ -305,7 +304,7 @@ def run_slurm_script(tmp_path, exit_code):
         + f"[ $1 != status ] || {{ grep -q '^ray start --head' {log} && echo answered >> {log}; exit $?; }}\n"
         + f"trap 'kill $!; echo ended >> {log}' TERM; sleep 60 & wait",
         # As long as both Ray nodes need to start.
-        "python": note + f"sleep 2; exit {exit_code}",
+        "python": note + f"sleep 2; {example}",
         "hostname": "#!/bin/bash\necho 10.0.0.1 fe80::1",
     }
     for name, text in stand_ins.items():
@@ -322,7 +321,7 @@ def run_slurm_script(tmp_path, exit_code):
 
 @pytest.mark.parametrize("exit_code", [0, 3])
 def test_slurm_script_runs_head_workers_and_example(tmp_path, exit_code):
-    returned, calls = run_slurm_script(tmp_path, exit_code)
+    returned, calls = run_slurm_script(tmp_path, f"exit {exit_code}")
     assert returned == exit_code
 
     def position(pattern):
@@ -337,6 +336,14 @@ def test_slurm_script_runs_head_workers_and_example(tmp_path, exit_code):
     assert all("| token 64" in call for call in calls if call.startswith("ray "))
     assert calls.count("ended") == 2, "the Ray nodes end with the script"
     assert (tmp_path / "results").is_dir()
+
+
+def test_slurms_warning_reaches_the_run_which_may_finish(tmp_path):
+    saves = f"trap 'sleep 1; echo saved >> {tmp_path}/log; exit 143' TERM; kill -TERM $PPID; sleep 60 & wait"
+    returned, calls = run_slurm_script(tmp_path, saves)
+    assert returned == 143
+    assert calls.index("saved") < calls.index("ended")
+    assert directives()[0]["--signal"].startswith("B:TERM@"), "to the script alone: the Ray nodes are still needed"
 
 
 # ---- scripts and image -----------------------------------------------------------------------------------------------
@@ -452,21 +459,13 @@ class Parsed(Exception):
 
 def parse_with_the_examples_parser(script, arguments, monkeypatch):
     """The options that ``script`` reads from ``arguments``; exits as it would if they are wrong."""
-    kept, values_to_skip = [], 0
-    for word in arguments:
-        if word in PENDING_OPTIONS:
-            values_to_skip = PENDING_OPTIONS[word]
-        elif values_to_skip:
-            values_to_skip -= 1
-        else:
-            kept.append(word)
     real = argparse.ArgumentParser.parse_args
 
     def parse_args(parser, *args, **kwargs):
         raise Parsed(real(parser, *args, **kwargs))
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-    monkeypatch.setattr(sys, "argv", [str(script), *kept])
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
     monkeypatch.syspath_prepend(str(script.parent))
     with pytest.raises(Parsed) as caught:
         runpy.run_path(str(script), run_name="__main__")

@@ -1,6 +1,7 @@
 """BLPO on Acrobot-v1 with the reference's settings for discrete control.
 
 python tuned_examples/acrobot_blpo.py --stop-reward -100 --as-test
+python tuned_examples/acrobot_blpo.py --output results/acrobot_run --resume  # goes on, or starts
 """
 
 from blpo_rllib import BLPOConfig

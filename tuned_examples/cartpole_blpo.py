@@ -1,6 +1,7 @@
 """BLPO on CartPole-v1 with the reference's settings for discrete control.
 
 python tuned_examples/cartpole_blpo.py --stop-reward 475 --as-test
+python tuned_examples/cartpole_blpo.py --output results/cartpole_run --resume  # goes on, or starts
 """
 
 from blpo_rllib import BLPOConfig

@@ -4,6 +4,7 @@ Observations are normalised by RLlib's MeanStdFilter on the EnvRunners, rewards 
 part of checkpoints, and evaluation uses the observation statistics.
 
 python tuned_examples/hopper_blpo.py --num-env-runners 2 --num-envs-per-env-runner 16 --stop-timesteps 1000000
+python tuned_examples/hopper_blpo.py --output results/hopper_run --resume  # goes on, or starts
 """
 
 from ray.rllib.connectors.env_to_module import MeanStdFilter
