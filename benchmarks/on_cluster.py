@@ -2,10 +2,10 @@
 
     python benchmarks/on_cluster.py --seeds 0 1 2 --stop-timesteps 200000
 
-The cluster is a head and two more nodes, each with processes of its own, on this machine (``ray.cluster_utils``): three
-EnvRunners and two learners, against a local EnvRunner and a local learner. Batch, minibatches and segments are the same
-in steps over all learners. Printed and kept: the mean return of the episodes that ended in the last quarter of each run,
-and the difference of the two groups with its standard error (Welch).
+The cluster is a head and two more nodes, each with processes of its own, on this machine (``ray.cluster_utils``):
+three EnvRunners and two learners, against a local EnvRunner and a local learner. Batch, minibatches and segments are
+the same in steps over all learners. Printed and kept: the mean return of the episodes that ended in the last quarter
+of each run, and the difference of the two groups with its standard error (Welch).
 """
 
 from __future__ import annotations
@@ -48,14 +48,18 @@ def setup(seed: int, on_cluster: bool) -> Any:
     return c.debugging(seed=seed, log_level="ERROR")
 
 
+def node_of(_: Any) -> str:
+    """The node that this runs on."""
+    return ray.get_runtime_context().get_node_id()
+
+
 def train(seed: int, on_cluster: bool, timesteps: int) -> dict[str, Any]:
     """One run: environment steps and mean return of each iteration, and the nodes its processes were on."""
     algo, rows, start = setup(seed, on_cluster).build_algo(), [], time.monotonic()
     nodes = {ray.get_runtime_context().get_node_id()}
     if on_cluster:
-        get_node = lambda _: ray.get_runtime_context().get_node_id()
-        nodes = set(algo.env_runner_group.foreach_env_runner(get_node, local_env_runner=False))
-        nodes |= {result.get() for result in algo.learner_group.foreach_learner(get_node)}
+        nodes = set(algo.env_runner_group.foreach_env_runner(node_of, local_env_runner=False))
+        nodes |= {result.get() for result in algo.learner_group.foreach_learner(node_of)}
     while not rows or rows[-1][0] < timesteps:
         env = algo.train()[ENV_RUNNER_RESULTS]
         if env.get(NUM_EPISODES):
