@@ -457,13 +457,16 @@ class BLPO(PPO):
         filesystem: pyarrow.fs.FileSystem | None = None,
         **kwargs: Any,
     ) -> None:
-        if component is None:
-            checkpoints.check(*checkpoints.resolve(path, filesystem))
-            self._forget_weights_seq_no()
-        else:
-            # RLlib reads it from the keyword arguments, where None stands for a name.
-            kwargs["component"] = component
-        super().restore_from_path(path, *args, filesystem=filesystem, **kwargs)
+        if component is not None:
+            super().restore_from_path(path, *args, component=component, filesystem=filesystem, **kwargs)
+            return
+        filesystem, path = checkpoints.resolve(path, filesystem)
+        checkpoints.check(filesystem, path)
+        self._forget_weights_seq_no()
+        # RLlib looks for parts of it on the local disk, whatever the filesystem, and leaves EnvRunners as they are
+        # when it finds none (ray/rllib/algorithms/algorithm.py, restore_from_path).
+        with Checkpoint(path, filesystem).as_directory() as folder:
+            super().restore_from_path(folder, *args, **kwargs)
 
     def _forget_weights_seq_no(self) -> None:
         """Weights older than those in place are ignored (ray/rllib/core/learner/learner.py and

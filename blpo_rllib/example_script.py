@@ -215,15 +215,25 @@ class _Keeper(tune.Callback):
 
     def __init__(self, keep: int):
         self._keep = keep
+        # Per trial, the iteration whose row is in storage.
+        self._stored: dict[str, Any] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._stored.pop(trial.trial_id, None)
         _guarded(_take_up_rows, trial)
 
     def on_trial_save(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # So that failures are counted between checkpoints, not over the days of a run.
         trial.run_metadata.num_failures = 0
-        _guarded(_store_rows, trial)
         _guarded(checkpoints.prune, trial.storage.storage_filesystem, trial.storage.trial_fs_path, self._keep)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        # While the checkpoint is being written: rows must not be behind it when everything dies.
+        for trial in trials:
+            reached = (trial.last_result or {}).get(TRAINING_ITERATION)
+            if trial.is_saving and self._stored.get(trial.trial_id) != reached:
+                self._stored[trial.trial_id] = reached
+                _guarded(_store_rows, trial)
 
 
 def _guarded(function: Any, *args: Any) -> None:
@@ -235,7 +245,7 @@ def _guarded(function: Any, *args: Any) -> None:
 
 
 def _store_rows(trial: Any) -> None:
-    """Copies the rows to storage at each checkpoint; Tune does so every 10 seconds at the most."""
+    """Copies the rows to storage; Tune itself does so every 10 seconds at the most."""
     for name in (EXPR_RESULT_FILE, EXPR_PROGRESS_FILE):
         local = Path(trial.local_path, name)
         if local.exists():

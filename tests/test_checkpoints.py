@@ -202,6 +202,22 @@ def test_live_algorithm_really_goes_back(tmp_path):
     algo.stop()
 
 
+def test_checkpoint_on_another_filesystem(tmp_path):
+    remote = pyarrow.fs.SubTreeFileSystem(str(tmp_path), LOCAL)
+    algo = config().build_algo()
+    algo.train()
+    algo.save_to_path("bucket/checkpoint", filesystem=remote)
+    acting = module_weights(algo.env_runner)
+    algo.train()
+    algo.restore_from_path("bucket/checkpoint", filesystem=remote)
+    assert algo.iteration == 1
+    assert_equal(module_weights(algo.env_runner), acting)
+    algo.stop()
+    (tmp_path / "bucket/checkpoint/algorithm_state.pkl").unlink()
+    with pytest.raises(CheckpointError, match="bucket/checkpoint is torn"):
+        BLPO.from_checkpoint("bucket/checkpoint", filesystem=remote)
+
+
 def filter_count(runner):
     (connector,) = runner._env_to_module[MeanStdFilter]
     return RunningStat.from_state(connector.get_state()[None]["running_stats"][0]).n

@@ -101,6 +101,7 @@ def curve(rows):
 def test_killed_run_resumes_by_itself_and_ends_with_a_checkpoint_on_sigterm(tmp_path):
     with Example(tmp_path) as first:
         first.wait_for_checkpoint(1)
+        time.sleep(0.3)
         first.kill()
         reached = first.progress()["training_iteration"]
         assert reached >= 8
