@@ -28,6 +28,7 @@ from ray.tune.utils import flatten_dict
 
 from blpo_rllib import checkpoints
 from blpo_rllib.blpo import BLPOConfig
+from blpo_rllib.tracking import watched
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +55,12 @@ def run_example(config: BLPOConfig, *, stop_reward: float, stop_timesteps: int) 
     args = parse_command_line(stop_reward, stop_timesteps)
     if args.no_tune:
         config.debugging(seed=args.seed)
-        return run_rllib_example_script_experiment(config, args)
+        return run_rllib_example_script_experiment(config, args, **watched(config, args))
     config.debugging(seed=tune.grid_search(list(range(args.seed, args.seed + args.num_samples))))
     args.num_samples = 1
     stopped = _Signals()
     with _tuner_as_asked(args, stopped), stopped.restored():
-        results = run_rllib_example_script_experiment(config, args)
+        results = run_rllib_example_script_experiment(config, args, **watched(config, args))
     if results.errors:
         raise results.errors[0]
     if stopped.number:
@@ -91,7 +92,7 @@ def parse_command_line(stop_reward: float, stop_timesteps: int) -> argparse.Name
         help="Go on from the newest whole checkpoint at --output; start a new run if there is none.",
     )
     parser.add_argument("--checkpoint-keep", type=int, default=3, metavar="N", help="Keep the newest N checkpoints.")
-    parser.set_defaults(algo="BLPO", checkpoint_freq=10, checkpoint_at_end=True)
+    parser.set_defaults(algo="BLPO", verbose=1, checkpoint_freq=10, checkpoint_at_end=True)
     args = parser.parse_args()
     args.storage, args.output = args.output, None
     _check_options(parser, args)

@@ -1,0 +1,128 @@
+"""How close an approximate inverse-Hessian-vector product, and the hypergradient made of it, come to the exact ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blpo_rllib.core.curvature import CriticLoss, Curvature
+from blpo_rllib.core.hypergradient import Hypergradient, hypergradient
+from blpo_rllib.core.ihvp import Exact, IHVPSolver
+from blpo_rllib.core.minibatch import Minibatch, Players, UpdateSettings, slots
+from blpo_rllib.core.networks import Coordinates
+from blpo_rllib.core.reduction import Reduction
+from blpo_rllib.core.segments import SegmentBatch
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Means over the solver's draws, on one batch, at one (θ, w).
+
+    Attributes:
+        ihvp_cosine: Cosine of x and the exact (H + ρI)⁻¹ v, at the solver's own ρ.
+        ihvp_relative_residual: ‖(H + ρI) x − v‖ / ‖v‖.
+        correction_cosine: Cosine of ∇²_θw L · x and the same with the exact x at ρ.
+        hypergradient_cosine: Cosine of the hypergradients, bound included, at ρ: what the actor's step sees of the
+            approximation.
+        reference_cosine: Cosine of the hypergradient and the exact one at the reference damping: what it sees of the
+            approximation and the damping together.
+    """
+
+    ihvp_cosine: float
+    ihvp_relative_residual: float
+    correction_cosine: float
+    hypergradient_cosine: float
+    reference_cosine: float
+
+
+class _Known(Exact):
+    """The exact solver for a matrix that is known already."""
+
+    def __init__(self, matrix: Tensor, damping: float):
+        super().__init__(damping)
+        self._matrix = matrix
+
+    def draw(self, size: int, generator: np.random.Generator) -> None:  # type: ignore[override]
+        return None
+
+    def local_terms(self, curvature: Curvature, columns: Coordinates | None) -> Sequence[Tensor]:
+        return [self._matrix.clone()]
+
+
+def compare_with_exact(
+    players: Players,
+    segments: SegmentBatch,
+    settings: UpdateSettings,
+    curvature: type[Curvature],
+    solver: IHVPSolver,
+    reference_damping: float,
+    generator: np.random.Generator,
+    draws: int = 5,
+) -> Fidelity:
+    """Compares a solver with the dense solution. Nothing is changed: no optimizer, no generator but ``generator``.
+
+    Args:
+        players: Actor and critic at θ and w.
+        segments: The batch, as one minibatch.
+        settings: Objective, clip and bound of the hypergradient.
+        curvature: Class of the follower's curvature.
+        solver: What to judge, as it is before its first draw.
+        reference_damping: ρ of the exact hypergradient that stands for the undamped one, which an indefinite H
+            leaves undefined.
+        generator: Draws the solver's coordinates.
+        draws: How often to draw them.
+
+    Returns:
+        Means over the draws.
+
+    Raises:
+        ValueError: If the critic is too large for a dense solution.
+    """
+    size = sum(p.numel() for p in players.critic_parameters)
+    Exact().check_size(size)
+    batch = _minibatch(players, segments)
+    loss = CriticLoss(players.critic(batch.obs), batch.targets.flatten(), batch.weights.flatten())
+    actor = players.actor(batch.obs, batch.actions, None if settings.leader.kl_coeff is None else batch.old_dist_inputs)
+    reduction = Reduction()
+    h = curvature(loss, reduction)
+    matrix = h.rows(players.columns(np.arange(size))).double()
+
+    def at(s: IHVPSolver) -> Hypergradient:
+        indices = s.draw(size, generator)
+        columns = None if indices is None else players.columns(indices)
+        return hypergradient(actor, loss, segments, settings.leader, settings.correction, s, h, columns, reduction)
+
+    exact, reference = at(_Known(matrix, solver.damping)), at(_Known(matrix, reference_damping))
+    found = []
+    for _ in range(draws):
+        # A copy each time: a solver may keep its first draw.
+        result = at(copy.deepcopy(solver))
+        residual = h.matvec(result.ihvp) + solver.damping * result.ihvp - result.grad_critic
+        found.append(
+            [
+                cosine(result.ihvp, exact.ihvp),
+                float(residual.norm() / result.grad_critic.norm()),
+                cosine(result.mixed_product, exact.mixed_product),
+                cosine(result.direction, exact.direction),
+                cosine(result.direction, reference.direction),
+            ]
+        )
+    return Fidelity(*(float(x) for x in np.mean(found, axis=0)))
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Cosine of two vectors; NaN if one vanishes."""
+    a, b = a.double(), b.double()
+    return float(torch.dot(a, b) / (a.norm() * b.norm()))
+
+
+def _minibatch(players: Players, segments: SegmentBatch) -> Minibatch:
+    with torch.no_grad():
+        values = players.critic(slots(segments.obs)).values.view_as(segments.step)
+    targets = values + segments.advantage.advantages(segments.rewards, values)
+    return Minibatch.of(segments, targets, segments.step.sum())

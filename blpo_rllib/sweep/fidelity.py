@@ -1,0 +1,97 @@
+"""The exact hypergradient beside that of each finished trial: its final module, on a short on-policy batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.learner.training_data import TrainingData
+
+from blpo_rllib import checkpoints
+from blpo_rllib.blpo import BLPO
+from blpo_rllib.core.fidelity import Fidelity, compare_with_exact
+from blpo_rllib.players import RLModulePlayers
+from blpo_rllib.sweep.plan import DAMPING, SweepPlan
+from blpo_rllib.sweep.records import FINISHED, TrialFiles, write_whole
+
+logger = logging.getLogger(__name__)
+
+
+def measure_fidelity(output: Path, plan: SweepPlan, files: TrialFiles, seeds: int = 1) -> dict[str, dict[str, float]]:
+    """Measures the trials that have not been measured yet, as many at a time as there are cores.
+
+    The reference damping is the least of the plan. A trial that cannot be measured is left out with a warning.
+
+    Args:
+        output: The sweep's folder.
+        plan: The sweep.
+        files: The files of its trials.
+        seeds: Measure the trials of the first so many seeds.
+
+    Returns:
+        The numbers of :class:`~blpo_rllib.core.fidelity.Fidelity`, by trial name.
+    """
+    folder = output / "fidelity"
+    wanted = [n for n, record in files.ended().items() if record["status"] == FINISHED and record["seed"] < seeds]
+    reference = min(plan.values[DAMPING])
+    tasks = {}
+    for name in wanted:
+        found = checkpoints.newest_valid(*checkpoints.resolve(output / "run" / name))
+        if found is not None and not (folder / f"{name}.json").exists():
+            tasks[_measure.remote(found[0], reference)] = name
+    while tasks:
+        (task,), _ = ray.wait(list(tasks))
+        name = tasks.pop(task)
+        try:
+            write_whole(folder / f"{name}.json", json.dumps(ray.get(task)))
+        except (ray.exceptions.RayError, OSError) as error:
+            logger.warning(
+                "the exact hypergradient of trial %s was not computed: %s", name, str(error).splitlines()[-1]
+            )
+    return {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("[!.]*.json")) if p.stem in wanted}
+
+
+@ray.remote(num_cpus=1, max_retries=0)
+def _measure(checkpoint: str, reference_damping: float) -> dict[str, float]:
+    torch.set_num_threads(1)
+    algo = BLPO.from_checkpoint(checkpoint)
+    try:
+        return dataclasses.asdict(fidelity_of(algo, reference_damping))
+    finally:
+        algo.stop()
+
+
+def fidelity_of(algo: Any, reference_damping: float, timesteps: int | None = None) -> Fidelity:
+    """Compares an algorithm's solver with the exact one, on fresh steps of its own policy.
+
+    Args:
+        algo: A BLPO algorithm of one module with a local EnvRunner and learner.
+        reference_damping: See :func:`~blpo_rllib.core.fidelity.compare_with_exact`.
+        timesteps: Steps to sample; None for the algorithm's batch size.
+    """
+    config, learner = algo.config, algo.learner_group._learner
+    episodes = algo.env_runner.sample(num_timesteps=timesteps or config.total_train_batch_size)
+    (batch,) = learner._create_iterator_if_necessary(training_data=TrainingData(episodes=episodes))
+    columns = {
+        name: value if isinstance(value, dict) else torch.as_tensor(value)
+        for name, value in batch.policy_batches[DEFAULT_MODULE_ID].items()
+    }
+    solver = config.get_ihvp_solver()
+    if solver is None:
+        raise ValueError('hypergradient="none" leaves nothing to compare with the exact hypergradient')
+    return compare_with_exact(
+        RLModulePlayers(learner.module[DEFAULT_MODULE_ID].unwrapped(), DEFAULT_MODULE_ID, kernels=learner._kernels),
+        learner._segment_batch(DEFAULT_MODULE_ID, columns, config),
+        learner._settings(DEFAULT_MODULE_ID, config),
+        config.get_curvature(),
+        solver,
+        reference_damping,
+        np.random.default_rng(config.seed or 0),
+    )

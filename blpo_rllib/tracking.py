@@ -1,0 +1,268 @@
+"""Trackers: Weights & Biases and TensorBoard, with the metrics in groups, and never in training's way."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import os
+import queue
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import wandb
+from ray.air.integrations.wandb import WANDB_ENV_VAR, WANDB_MODE_ENV_VAR, WandbLoggerCallback, _WandbLoggingActor
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.tune.experiment import Trial
+from ray.tune.logger import LoggerCallback, TBXLoggerCallback
+from ray.tune.result import TRAINING_ITERATION
+
+from blpo_rllib.metrics import grouped
+from blpo_rllib.progress import RichReporter
+
+logger = logging.getLogger(__name__)
+
+# Seconds that W&B gets to begin a run, after which it is written to files instead.
+INIT_SECONDS = 30.0
+# Seconds that a tracker gets to finish once training has ended.
+FINISH_SECONDS = 60.0
+# Events that wait for a tracker; if there are more it loses some.
+MOST_WAITING = 1000
+
+
+def trackers(
+    task: str,
+    group: str,
+    output: Path,
+    wandb_project: str | None = None,
+    upload_checkpoints: bool = False,
+    tags: Sequence[str] = (),
+) -> list[LoggerCallback]:
+    """Callbacks for Tune: TensorBoard always, W&B if a project is named.
+
+    Args:
+        task: What is trained.
+        group: What the runs have in common, as a sweep's name.
+        output: Where the runs live; with a trial's name it tells its W&B run apart, so that a trial that is resumed
+            continues its run.
+        wandb_project: W&B's project.
+        upload_checkpoints: Make artifacts of checkpoints.
+        tags: Further tags of the W&B runs.
+    """
+    found: list[LoggerCallback] = [GroupedTensorBoard()]
+    if wandb_project:
+        about = {"group": group, "tags": ["BLPO", task, group, *tags], "upload_checkpoints": upload_checkpoints}
+        found.append(InBackground(GroupedWandb(task=task, output=output, project=wandb_project, **about)))
+    return found
+
+
+def watched(config: AlgorithmConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """Trackers and progress for RLlib's example function, from its own options.
+
+    W&B is on with ``--wandb-project`` or ``--wandb-key``; without a key it writes files. RLlib would add a logger of
+    its own, with which a refused key stops training: hence the key is taken from ``args`` here.
+
+    Args:
+        config: What is trained.
+        args: The options of RLlib's examples, and ``storage``, the folder or URL of the results, or None.
+
+    Returns:
+        Further arguments of ``run_rllib_example_script_experiment``.
+    """
+    wanted = bool(args.wandb_project or args.wandb_key)
+    if args.wandb_key:
+        os.environ[WANDB_ENV_VAR] = args.wandb_key
+    del args.wandb_key
+    task = re.sub(r"\W+", "-", str(config.env).lower())
+    group = args.wandb_run_name or f"blpo-{task}"
+    # W&B writes to a local folder; where results go to a URL it has one of its own, the same on every start.
+    mark = hashlib.sha256(args.storage.encode()).hexdigest()[:8] if args.storage else f"{time.time():.0f}"
+    output = args.storage if args.storage and "://" not in args.storage else f"~/ray_results/{group}-{mark}"
+    project = (args.wandb_project or f"blpo-{task}") if wanted else None
+    return {
+        "tune_callbacks": trackers(task, group, Path(output).expanduser(), project, upload_checkpoints=wanted),
+        "progress_reporter": RichReporter(args.stop_timesteps),
+    }
+
+
+class GroupedTensorBoard(TBXLoggerCallback):
+    """Ray's TensorBoard logger with the names of :mod:`blpo_rllib.metrics`; a failure to write is only logged."""
+
+    def log_trial_result(self, iteration: int, trial: Trial, result: dict[str, Any]) -> None:
+        try:
+            if trial not in self._trial_writer:
+                self.log_trial_start(trial)
+            metrics = grouped(result)
+            for name, value in metrics.items():
+                self._trial_writer[trial].add_scalar(name, value, global_step=int(metrics["throughput/env_steps"]))
+            self._trial_result[trial] = metrics
+            self._trial_writer[trial].flush()
+        except Exception:
+            logger.exception("TensorBoard did not take a result of %s; training goes on", trial)
+
+
+class _GroupedActor(_WandbLoggingActor):
+    """Ray's process for a W&B run, which sends grouped metrics, and writes files where W&B cannot be reached."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except (wandb.errors.Error, OSError) as error:
+            # Nothing was taken from the queue: it is the start of the run that fails so.
+            logger.warning("W&B could not begin run %s, which goes to files: %s", self.kwargs["id"], error)
+            # W&B's own process still holds the run that did not begin.
+            self._wandb.teardown()
+            self.kwargs["mode"] = "offline"
+            super().run()
+
+    def _handle_result(self, result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        _, config = super()._handle_result(result)
+        return {**grouped(result), TRAINING_ITERATION: result[TRAINING_ITERATION]}, config
+
+
+class GroupedWandb(WandbLoggerCallback):
+    """Ray's W&B logger with grouped metrics, provenance, and runs that go on when their trials do.
+
+    Args:
+        task: What is trained: the runs' job type.
+        output: Where the runs live.
+        **kwargs: Ray's own, and those of ``wandb.init``.
+    """
+
+    _logger_actor_cls = _GroupedActor
+
+    def __init__(self, *, task: str, output: Path, **kwargs: Any):
+        self._output = str(Path(output).resolve())
+        Path(self._output).mkdir(parents=True, exist_ok=True)
+        settings = wandb.Settings(init_timeout=INIT_SECONDS, silent=True)
+        super().__init__(
+            # Not the trial's folder, whose copy in Tune's storage is made before W&B has written all.
+            dir=self._output,
+            upload_timeout=int(FINISH_SECONDS - 10), job_type=task, settings=settings, **kwargs
+        )  # fmt: skip
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        if not has_key():
+            logger.warning("no W&B key: runs are written to files, for `wandb sync` (WANDB_API_KEY or `wandb login`)")
+            self.kwargs["mode"] = os.environ[WANDB_MODE_ENV_VAR] = "offline"
+        super().setup(*args, **kwargs)
+
+    def _start_logging_actor(self, trial: Trial, exclude_results: list[str], **init: Any) -> None:
+        config = {**init["config"], "algorithm": "BLPO", "git_revision": git_revision(), "sweep": self.group}
+        run = {"id": self.run_id(trial), "resume": "allow", "name": str(trial), "config": config}
+        super()._start_logging_actor(trial, exclude_results, **(init | run))
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        super().on_experiment_end(trials, **info)
+        if any(Path(self._output).glob("wandb/offline-run-*")):
+            logger.warning("W&B runs are in files: `wandb sync %s/wandb/offline-run-*` sends them", self._output)
+
+    def run_id(self, trial: Trial) -> str:
+        """The same whenever a trial is started in this folder."""
+        return hashlib.sha256(f"{self._output}/{Path(trial.local_path).name}".encode()).hexdigest()[:16]
+
+
+def has_key() -> bool:
+    """Whether W&B can be logged in to, or was told what to do."""
+    if os.environ.get(WANDB_ENV_VAR) or os.environ.get(WANDB_MODE_ENV_VAR):
+        return True
+    try:
+        return bool(wandb.api.api_key)
+    except Exception:
+        return False
+
+
+def git_revision(folder: Path | None = None) -> str | None:
+    """The commit of the code in ``folder`` (this package's), with a mark if files differ from it; None without git."""
+    command = ["git", "-C", str(folder or Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class InBackground(LoggerCallback):
+    """Runs a logger in a thread of its own, so that one that fails, hangs or is slow costs training nothing.
+
+    Events wait in a queue of bounded length. At the end the logger gets :data:`FINISH_SECONDS`.
+
+    Args:
+        inner: The logger.
+        finish_seconds: How long to wait for it at the end.
+    """
+
+    def __init__(self, inner: LoggerCallback, finish_seconds: float = FINISH_SECONDS):
+        self._inner, self._finish_seconds = inner, finish_seconds
+        self._events: queue.Queue[tuple[Callable[..., Any], tuple, dict] | None] | None = None
+        self._thread: threading.Thread | None = None
+        self._failures = self._lost = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune keeps a copy of the run's settings; threads do not go there.
+        return {**self.__dict__, "_events": None, "_thread": None}
+
+    def get_state(self) -> None:
+        """None: trackers keep their own."""
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        self._events = queue.Queue(MOST_WAITING)
+        self._thread = threading.Thread(target=self._work, args=(self._events,), daemon=True, name="tracker")
+        self._thread.start()
+        self._put(self._inner.setup, *args, **kwargs)
+
+    def log_trial_start(self, trial: Trial) -> None:
+        self._put(self._inner.log_trial_start, trial)
+
+    def log_trial_restore(self, trial: Trial) -> None:
+        self._put(self._inner.log_trial_restore, trial)
+
+    def log_trial_save(self, trial: Trial) -> None:
+        self._put(self._inner.log_trial_save, trial)
+
+    def log_trial_result(self, iteration: int, trial: Trial, result: dict[str, Any]) -> None:
+        self._put(self._inner.log_trial_result, iteration, trial, result)
+
+    def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
+        self._put(self._inner.log_trial_end, trial, failed)
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        """Waits for the logger, but not for ever."""
+        self._put(self._inner.on_experiment_end, trials, **info)
+        if self._events is None or self._thread is None:
+            return
+        try:
+            self._events.put(None, timeout=self._finish_seconds)
+        except queue.Full:
+            pass
+        else:
+            self._thread.join(self._finish_seconds)
+        if self._thread.is_alive():
+            logger.warning("%s did not finish in %g s and is left behind", self._name, self._finish_seconds)
+        if self._failures or self._lost:
+            logger.warning("%s failed %d times and lost %d events", self._name, self._failures, self._lost)
+
+    @property
+    def _name(self) -> str:
+        return type(self._inner).__name__
+
+    def _put(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        try:
+            assert self._events is not None
+            self._events.put_nowait((function, args, kwargs))
+        except queue.Full:
+            self._lost += 1
+
+    def _work(self, events: queue.Queue) -> None:
+        while (event := events.get()) is not None:
+            function, args, kwargs = event
+            try:
+                function(*args, **kwargs)
+            except Exception as error:
+                self._failures += 1
+                if self._failures == 1:
+                    logger.warning("%s failed in %s (%s); training goes on", self._name, function.__name__, error)

@@ -1,0 +1,265 @@
+"""Trackers that fail, hang or refuse; the dashboard; progress at a terminal."""
+
+import http.server
+import io
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from ray.tune.logger import LoggerCallback
+from rich.console import Console
+from wandb_files import Run
+
+from blpo_rllib import dashboard, metrics
+from blpo_rllib.progress import RichReporter, duration
+from blpo_rllib.tracking import GroupedWandb, InBackground, git_revision
+
+RESULT = {
+    "training_iteration": 3,
+    "time_this_iter_s": 2.0,
+    "time_total_s": 6.0,
+    "env_runners": {
+        "episode_return_mean": 21.0,
+        "num_env_steps_sampled_lifetime": 600,
+        "num_env_steps_sampled": 200,
+        "num_episodes": 4,
+    },
+    "learners": {
+        "__all_modules__": {"entropy": 9.0},
+        "default_policy": {"mixed_norm": 0.5, "entropy": 0.6, "mixed_grad_cosine": float("nan"), "other": 1.0},
+        "second": {"mixed_norm": 0.7},
+    },
+    "config": {"nystrom_damping": 0.1, "hypergradient_bound": None},
+}
+
+
+def test_metrics_are_grouped():
+    assert metrics.grouped(RESULT) == {
+        "returns/episode_return_mean": 21.0,
+        "returns/episodes": 4.0,
+        "throughput/env_steps": 600.0,
+        "throughput/env_steps_per_second": 100.0,
+        "throughput/iteration_seconds": 2.0,
+        "throughput/seconds": 6.0,
+        "bilevel/damping": 0.1,
+        "bilevel/mixed_norm": 0.5,
+        "bilevel/second/mixed_norm": 0.7,
+        "policy/entropy": 0.6,
+    }
+
+
+class Bad(LoggerCallback):
+    """Fails, or takes long."""
+
+    def __init__(self, seconds=0.0, error=None):
+        self.seconds, self.error, self.results = seconds, error, 0
+
+    def log_trial_result(self, iteration, trial, result):
+        time.sleep(self.seconds)
+        if self.error:
+            raise self.error
+        self.results += 1
+
+
+@pytest.mark.parametrize("inner", [Bad(seconds=60), Bad(error=RuntimeError("refused")), Bad(error=ConnectionError())])
+def test_a_bad_tracker_costs_training_next_to_nothing(inner, caplog):
+    tracker = InBackground(inner, finish_seconds=0.2)
+    start = time.perf_counter()
+    tracker.setup()
+    for iteration in range(500):
+        tracker.log_trial_result(iteration, None, RESULT)
+    assert time.perf_counter() - start < 0.2
+    tracker.on_experiment_end([])
+    assert time.perf_counter() - start < 1.5
+    assert "training goes on" in caplog.text or "is left behind" in caplog.text
+
+
+def test_a_good_tracker_gets_everything_and_a_long_queue_loses_the_rest():
+    tracker = InBackground(Bad())
+    tracker.setup()
+    for iteration in range(300):
+        tracker.log_trial_result(iteration, None, RESULT)
+    tracker.on_experiment_end([])
+    assert tracker._inner.results == 300
+    slow = InBackground(Bad(seconds=60), finish_seconds=0.1)
+    slow.setup()
+    for iteration in range(2000):
+        slow.log_trial_result(iteration, None, RESULT)
+    slow.on_experiment_end([])
+    assert slow._lost > 900
+
+
+def test_a_trial_that_is_started_again_has_the_same_wandb_run(tmp_path):
+    def run_id(output, name):
+        trial = type("Trial", (), {"local_path": f"/tmp/session/{time.time()}/{name}"})()
+        return GroupedWandb(task="t", output=output, project="p").run_id(trial)
+
+    assert run_id(tmp_path / "a", "x") == run_id(tmp_path / "a", "x")
+    assert len({run_id(tmp_path / folder, name) for folder in "ab" for name in "xy"}) == 4
+
+
+def test_git_revision(tmp_path):
+    assert git_revision(tmp_path) is None
+    assert len(git_revision()) >= 40
+
+
+def test_dashboard_is_valid_and_shows_metrics_that_exist():
+    pytest.importorskip("wandb_workspaces")
+    specification = dashboard.specification("entity", "project")
+    sections = specification["spec"]["section"]["panelBankConfig"]["sections"]
+    assert [s["name"] for s in sections] == [
+        "Returns",
+        "Bilevel diagnostics",
+        "Policy",
+        "Throughput and faults",
+        "Sweep",
+    ]
+    shown = {
+        name
+        for section in sections
+        for panel in section["panels"]
+        if panel["viewType"] == "Run History Line Plot"
+        for name in panel["config"]["metrics"]
+    }
+    learner = {metrics.metric_name(name) for names in metrics.LEARNER_METRICS.values() for name in names}
+    assert shown <= learner | set(metrics.RUN_METRICS) | {metrics.ENV_STEPS_PER_SECOND}
+    assert learner <= shown
+    (parallel,) = [
+        panel for section in sections for panel in section["panels"] if panel["viewType"] == "Parallel Coordinates Plot"
+    ]
+    text = json.dumps(parallel)
+    assert "nystrom_rank" in text
+    assert "nystrom_damping" in text
+
+
+def test_dashboard_without_network_goes_to_a_file(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("wandb_workspaces")
+    path = tmp_path / "dashboard.json"
+    monkeypatch.setattr(
+        sys, "argv", ["dashboard", "--entity", "e", "--project", "p", "--offline", "--output", str(path)]
+    )
+    with pytest.raises(SystemExit) as exit_:
+        dashboard.main()
+    assert exit_.value.code == 0
+    assert json.loads(path.read_text()) == dashboard.specification("e", "p") or path.stat().st_size > 10_000
+    assert "python -m blpo_rllib.dashboard --entity e --project p" in capsys.readouterr().err
+
+
+class Trial:
+    """As much of a Tune trial as a reporter looks at."""
+
+    def __init__(self, name, status, result=None):
+        self.name, self.status, self.last_result = name, status, result
+
+    def __str__(self):
+        return self.name
+
+
+def test_progress_at_a_terminal_and_in_a_file():
+    trials = [Trial("a", "RUNNING", RESULT), Trial("b", "ERROR"), Trial("c", "PENDING")]
+    for terminal in (True, False):
+        out = io.StringIO()
+        reporter = RichReporter(1000, 3, Console(file=out, force_terminal=terminal, width=160))
+        reporter.setup()
+        assert reporter.should_report(trials)
+        reporter.report(trials, False)
+        reporter.report(trials, True)
+        text = out.getvalue()
+        assert ("\x1b" in text) == terminal
+        assert "1/3 trials ended (1 failed), 1 running" in text
+        assert "21.0" in text
+        assert duration(4) in text
+    assert text.splitlines()[0].startswith("a: 600/1000 steps, return 21.0, steps/s 100, left 0:04")
+
+
+# Slow: the real thing, with an endpoint that is dead, and one that never answers.
+
+
+class Silent(http.server.BaseHTTPRequestHandler):
+    def handle(self):
+        time.sleep(600)
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+import ray
+from blpo_rllib.sweep import run_sweep
+from blpo_rllib import tracking
+from small_sweep import BATCH, Mark, small_config, small_plan
+tracking.INIT_SECONDS = 15.0
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+output = Path(sys.argv[1])
+(output / "markers").mkdir(parents=True)
+plan = small_plan(values={"nystrom_rank": (2,), "nystrom_damping": (5.0,)}, stop_timesteps=200 * BATCH)
+callbacks = tracking.trackers("t", "g", output, sys.argv[2] or None)
+start = time.monotonic()
+run_sweep(small_config(Mark(output / "markers", plan)), plan, output / "sweep", callbacks=callbacks)
+print("WHOLE", time.monotonic() - start)
+"""
+
+
+def run_with(endpoint, output, monkeypatch, project="p"):
+    output.mkdir(exist_ok=True)
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", endpoint)
+    monkeypatch.setenv("HOME", str(output))
+    command = [sys.executable, "-c", SCRIPT, str(output / "out"), project]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (rows,) = (output / "out" / "sweep" / "trials").glob("*.jsonl")
+    seconds = [json.loads(line)["throughput/iteration_seconds"] for line in rows.read_text().splitlines()]
+    assert len(seconds) >= 199
+    whole = float(done.stdout.split("WHOLE")[1].split()[0])
+    return output / "out", sorted(seconds)[len(seconds) // 2], whole
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.send_response(401)
+        self.end_headers()
+        self.wfile.write(b'{"errors": [{"message": "user is not logged in"}]}')
+
+    do_GET = do_POST
+
+    def log_message(self, *args):
+        pass
+
+
+def serve(handler):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("endpoint", ["dead", "refusing"])
+def test_runs_that_cannot_begin_go_to_files(tmp_path, monkeypatch, endpoint):
+    server = serve(Refusing)
+    port = 9 if endpoint == "dead" else server.server_port
+    folder, _, _ = run_with(f"http://127.0.0.1:{port}", tmp_path, monkeypatch)
+    server.shutdown()
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    # Nothing is lost: the run is in files.
+    assert len(Run(path).history) >= 199
+
+
+@pytest.mark.slow
+def test_slow_endpoint(tmp_path, monkeypatch):
+    server = serve(Silent)
+    with monkeypatch.context() as patch:
+        folder, slow, whole = run_with(f"http://127.0.0.1:{server.server_port}", tmp_path / "slow", patch)
+    server.shutdown()
+    with monkeypatch.context() as patch:
+        _, without, whole_without = run_with("http://127.0.0.1:9", tmp_path / "without", patch, project="")
+    print(f"median iteration {slow:.4f} s beside a silent endpoint, {without:.4f} s without W&B")
+    print(f"the whole run {whole:.1f} s and {whole_without:.1f} s")
+    # The processors are shared: what is meant to be excluded is waiting for the tracker.
+    assert slow < 2 * without + 0.05
+    assert whole < whole_without + 90
