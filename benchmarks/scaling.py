@@ -1,6 +1,6 @@
 """What EnvRunners and learners add, measured here, and a model of larger clusters calibrated on that.
 
-    python benchmarks/scaling.py --num-env-runners 1 2 --num-learners 1 2
+    python benchmarks/scaling.py --num-env-runners 1 2 --num-learners 2
 
 Measured: environment steps per second against remote EnvRunners, with the time that passes outside them (calls,
 transport of episodes, weights); one update of the same global batch against learners, with the number and bytes of the
@@ -118,10 +118,9 @@ def measure_runners(env: str, num_env_runners: int, rounds: int) -> dict[str, fl
     }
 
 
-def time_update(learner: Any, num_learners: int) -> dict[str, float]:
-    """On a learner: one update phase of its share of the global batch, and the sums it exchanged."""
+def time_update(learner: Any, share: int) -> dict[str, float]:
+    """On a learner: one update phase of one in ``share`` of the global batch, and the sums it exchanged."""
     torch.set_num_threads(1)
-    share = max(1, num_learners)
     episodes = random_episodes(SHAPE, seed=0)[learner._reduction.rank :: share]
     minibatch_size = SHAPE.num_envs * SHAPE.length // share // NUM_MINIBATCHES
     learner._minibatch_size = minibatch_size
@@ -152,20 +151,24 @@ def time_sums(learner: Any) -> dict[int, float]:
     return found
 
 
-def measure_learners(num_learners: int, rounds: int) -> dict[str, Any]:
-    """The update of one global batch by a group of learners with a thread each; 1 is a local learner."""
+def measure_learners(num_learners: int, share: int, rounds: int) -> dict[str, Any]:
+    """The update of one in ``share`` of a batch by each of some learners with a thread each; 1 is a local learner."""
     remote = 0 if num_learners == 1 else num_learners
     config = configure(BLPOConfig(), SHAPE, "cpu", nystrom_rank=5, num_critic_updates=SHAPE.num_critic_updates)
     group = config.learners(num_learners=remote, num_cpus_per_learner=1).build_learner_group()
     rounds_of = [
-        [result.get() for result in group.foreach_learner(partial(time_update, num_learners=num_learners))]
-        for _ in range(rounds + 1)
+        [result.get() for result in group.foreach_learner(partial(time_update, share=share))] for _ in range(rounds + 1)
     ]
     slowest = [max(results, key=lambda r: r["ms_per_minibatch"]) for results in rounds_of[1:]]
     row = {name: round(statistics.median(r[name] for r in slowest), 3) for name in slowest[0]}
     sums = [result.get() for result in group.foreach_learner(time_sums)][0] if remote else {}
     group.shutdown()
-    return {"num_learners": num_learners, **row, "microseconds_per_sum": {k: round(v, 1) for k, v in sums.items()}}
+    return {
+        "num_learners": num_learners,
+        "share": f"1/{share}",
+        **row,
+        "microseconds_per_sum": {k: round(v, 1) for k, v in sums.items()},
+    }
 
 
 def calibrate(runners: list[dict], learners: list[dict]) -> Costs:
@@ -179,15 +182,13 @@ def calibrate(runners: list[dict], learners: list[dict]) -> Costs:
         grown = max(0.0, outside[1] - outside[0])
         # All runners sample as many steps here, so both grow alike; half of it is booked on each.
         call, transport = grown / added / 2, grown / (most["env_steps"] - one["env_steps"]) / 2
-    alone, several = learners[0], learners[-1]
+    alone, half, several = learners[0], learners[1], learners[-1]
     sums = {int(k): 1e-6 * v for k, v in several["microseconds_per_sum"].items()}
     small, large = SUM_SIZES[0], SUM_SIZES[-1]
-    compute = 1e-3 * alone["ms_per_minibatch"]
     count = max(several["sums_per_minibatch"], 1.0)
-    exchanged = count * (sums.get(small, 0.0))
-    shared = max(0.0, 1e-3 * several["ms_per_minibatch"] - exchanged)
-    n = several["num_learners"]
-    fixed = min(compute, max(0.0, (n * shared - compute) / (n - 1))) if n > 1 else 0.0
+    # From a learner alone on a whole and on half a batch: learners that share this machine's cores would tell less.
+    compute = 1e-3 * alone["ms_per_minibatch"]
+    fixed = max(0.0, 2e-3 * half["ms_per_minibatch"] - compute)
     return Costs(
         rate=one["env_steps_per_s_of_one_while_sampling"],
         call=call,
@@ -229,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="Hopper-v5")
     parser.add_argument("--num-env-runners", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--num-learners", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--num-learners", type=int, nargs="+", default=[2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "scaling.json")
     args = parser.parse_args()
@@ -237,7 +238,8 @@ def main() -> None:
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     console = Console()
     runners = [measure_runners(args.env, n, args.rounds) for n in args.num_env_runners]
-    learners = [measure_learners(n, args.rounds) for n in args.num_learners]
+    learners = [measure_learners(1, share, args.rounds) for share in (1, 2)]
+    learners += [measure_learners(n, n, args.rounds) for n in args.num_learners]
     for row in runners + learners:
         console.print(row)
     costs = calibrate(runners, learners)
