@@ -10,7 +10,15 @@ os.environ.setdefault("RAY_ADDRESS", "local")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
 
 import pytest
+import ray
 import torch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_ray_left_over():
+    """Building an algorithm starts Ray; the next module decides anew how."""
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(autouse=True)
