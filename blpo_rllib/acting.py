@@ -18,21 +18,22 @@ from ray.rllib.connectors.module_to_env import GetActions
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorical, TorchDiagGaussian
 from ray.rllib.core.models.base import ActorCriticEncoder
-from ray.rllib.core.models.torch.encoder import TorchMLPEncoder
-from ray.rllib.core.models.torch.heads import TorchFreeLogStdMLPHead, TorchMLPHead
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.utils.filter import RunningStat
 from ray.rllib.utils.numpy import SMALL_NUMBER, convert_to_numpy
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from torch import nn
 
+from blpo_rllib.core.mlp import ACTIVATIONS, Activation
+from blpo_rllib.players import perceptron
+
 # Observations [n, ...] and RLlib's global timestep to columns [n, ...], Columns.ACTIONS among them.
 Actor = Callable[[np.ndarray, int], dict[str, Any]]
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
-_ACTIVATIONS: dict[type[nn.Module], Callable[[np.ndarray], np.ndarray]] = {
-    nn.Tanh: np.tanh,
-    nn.ReLU: lambda z: np.maximum(z, 0),
+_ACTIVATIONS: dict[Activation, Callable[[np.ndarray], np.ndarray]] = {
+    ACTIVATIONS[nn.Tanh]: np.tanh,
+    ACTIVATIONS[nn.ReLU]: lambda z: np.maximum(z, 0),
 }
 
 
@@ -86,17 +87,13 @@ class _PerceptronActor:
         defaults = {"_forward": DefaultPPOTorchRLModule, "_forward_exploration": TorchRLModule}
         if draw is None or any(getattr(type(module), k, None) is not getattr(v, k) for k, v in defaults.items()):
             return None
-        encoder: Any = getattr(module.encoder, "actor_encoder", None)
-        head = module.pi
-        if not isinstance(module.encoder, ActorCriticEncoder) or type(encoder) is not TorchMLPEncoder:
+        if not isinstance(module.encoder, ActorCriticEncoder) or not _is_plain(module):
             return None
-        if type(head) not in (TorchMLPHead, TorchFreeLogStdMLPHead) or not _is_plain(module):
+        mlp = perceptron(getattr(module.encoder, "actor_encoder", None), module.pi)
+        if mlp is None:
             return None
-        leaves = [leaf for part in (encoder.net, head.net) for leaf in part.modules() if not list(leaf.children())]
-        linear, activations = leaves[::2], [_ACTIVATIONS.get(type(leaf)) for leaf in leaves[1::2]]
-        if len(leaves) % 2 == 0 or not all(activations) or any(type(leaf) is not nn.Linear for leaf in linear):
-            return None
-        return cls([_transposed(leaf) for leaf in linear], activations, head, draw)
+        activations = [_ACTIVATIONS[activation] for activation in mlp.activations]
+        return cls([_transposed(layer) for layer in mlp.layers], activations, module.pi, draw)
 
     def __call__(self, obs: np.ndarray, timestep: int) -> dict[str, Any]:
         hidden = obs.astype(np.float32, copy=False)
@@ -126,8 +123,7 @@ def _is_plain(module: TorchRLModule) -> bool:
 
 
 def _transposed(layer: nn.Linear) -> tuple[np.ndarray, np.ndarray]:
-    bias = np.zeros(layer.out_features, np.float32) if layer.bias is None else layer.bias.detach().numpy().copy()
-    return np.ascontiguousarray(layer.weight.detach().numpy().T), bias
+    return np.ascontiguousarray(layer.weight.detach().numpy().T), layer.bias.detach().numpy().copy()
 
 
 def _draw_categorical(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -76,14 +76,14 @@ class RLModulePlayers(Players):
         """Recognises the perceptrons of RLlib's default PPO module, whose derivatives are then taken by hand."""
         cls, encoder = type(self._module), getattr(self._module, "encoder", None)
         default_values = getattr(cls, "compute_values", None) is DefaultPPOTorchRLModule.compute_values
-        mlp = _perceptron(getattr(encoder, "critic_encoder", None), self._module.vf) if default_values else None
+        mlp = perceptron(getattr(encoder, "critic_encoder", None), self._module.vf) if default_values else None
         if mlp is not None and _same(mlp.parameters, self.critic_parameters):
             self._critic_mlp, self.critic_parameters = mlp, mlp.parameters
         default_policy = getattr(cls, "_forward_train", None) in (
             BLPOTorchRLModule._forward_train,
             DefaultPPOTorchRLModule._forward_train,
         )
-        mlp = _perceptron(getattr(encoder, "actor_encoder", None), self._module.pi) if default_policy else None
+        mlp = perceptron(getattr(encoder, "actor_encoder", None), self._module.pi) if default_policy else None
         if mlp is not None:
             log_std = getattr(self._module.pi, "log_std", None)
             found = mlp.parameters + ([] if log_std is None else [log_std])
@@ -166,7 +166,7 @@ def _depends_on(output: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, T
     return {name: p for (name, p), g in zip(parameters.items(), gradients, strict=True) if g is not None}
 
 
-def _perceptron(encoder: Any, head: Any) -> MLP | None:
+def perceptron(encoder: Any, head: Any) -> MLP | None:
     """RLlib's MLP encoder and head as one perceptron, or None if they are something else."""
     if type(encoder) is not TorchMLPEncoder or type(head) not in (TorchMLPHead, TorchFreeLogStdMLPHead):
         return None

@@ -120,7 +120,10 @@ class BilevelUpdate:
             sums, settings.num_epochs * num_minibatches, _moments(targets.nan_to_num(0.0, 0.0, 0.0), batch.step)
         )
         if self._solver is not None:
-            metrics_by_name["ihvp_relative_residual"] = self._ihvp_residual(minibatch, self._solver, v, x)
+            # On the last minibatch only, for the product it takes.
+            loss = self._minibatch_update.critic_loss(minibatch)
+            curvature = self._curvature(loss, self._reduction)
+            metrics_by_name["ihvp_relative_residual"] = self._solver.relative_residual(curvature, v, x)
         return metrics_by_name
 
     def get_state(self) -> dict[str, Any]:
@@ -181,12 +184,6 @@ class BilevelUpdate:
         metrics["vf_explained_var"] = 1 - residual_variance / target_variance if target_variance > 0 else float("nan")
         metrics["vf_loss"] = metrics["vf_loss_after_nesting"]
         return metrics
-
-    def _ihvp_residual(self, batch: Minibatch, solver: IHVPSolver, v: Tensor, x: Tensor) -> float:
-        """‖(H + ρI) x − v‖ / ‖v‖: how well the solver solved its system, on the last minibatch only (one HVP)."""
-        loss = self._minibatch_update.critic_loss(batch)
-        residual = self._curvature(loss, self._reduction).matvec(x) + solver.damping * x - v
-        return float(residual.norm() / v.norm())
 
 
 def _moments(x: Tensor, step: Tensor) -> Tensor:

@@ -51,6 +51,11 @@ class IHVPSolver(ABC):
             terms: What :meth:`local_terms` returned, summed over processes.
         """
 
+    def relative_residual(self, curvature: Curvature, v: Tensor, x: Tensor) -> float:
+        """‖(H + ρI) x − v‖ / ‖v‖: how well x solves the system, at the price of one product with H."""
+        residual = curvature.matvec(x) + self.damping * x - v
+        return float(residual.norm() / v.norm())
+
     def check_size(self, size: int) -> None:  # noqa: B027
         """Raises ValueError if a critic of p = ``size`` parameters does not suit this solver."""
 
