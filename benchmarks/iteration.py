@@ -34,7 +34,10 @@ BASELINE = "rllib_ppo"
 
 @dataclass(frozen=True)
 class Task:
-    """An environment and the settings all contestants share; a block is a number of iterations."""
+    """An environment and the settings all contestants share; a block is a number of iterations.
+
+    Where the simulator is slow, environments in several processes (RLlib's mode "async") are compared too.
+    """
 
     env: str
     num_envs: int
@@ -44,6 +47,7 @@ class Task:
     num_critic_updates: int
     continuous: bool
     block: int
+    slow_simulator: bool
     num_epochs: int = 4
 
     @property
@@ -52,18 +56,19 @@ class Task:
 
 
 TASKS = {
-    "hopper": Task("Hopper-v5", 32, 640, 3e-4, 1.2e-3, 3, True, 1),
-    "cartpole": Task("CartPole-v1", 4, 128, 2.5e-4, 1e-3, 5, False, 20),
+    "hopper": Task("Hopper-v5", 32, 640, 3e-4, 1.2e-3, 3, True, 1, True),
+    "cartpole": Task("CartPole-v1", 4, 128, 2.5e-4, 1e-3, 5, False, 20, False),
 }
 
 
-def configure(config: Any, task: Task, env: str, seed: int, **training: Any) -> Any:
+def configure(config: Any, task: Task, env: str, seed: int, vectorize_mode: str = "sync", **training: Any) -> Any:
     """The settings that all contestants share."""
     return (
         config.environment(env)
         .env_runners(
             num_env_runners=0,
             num_envs_per_env_runner=task.num_envs,
+            gym_env_vectorize_mode=vectorize_mode,
             env_to_module_connector=(lambda env, spaces, device: MeanStdFilter()) if task.continuous else None,
         )
         .rl_module(model_config=REFERENCE_MODEL_CONFIG | {"free_log_std": task.continuous})
@@ -91,6 +96,9 @@ def contestants(task: Task, seed: int) -> dict[str, Any]:
         "blpo_gymnasium": configure(BLPOConfig(), task, task.env, seed, **blpo),
         "blpo_envpool": configure(BLPOConfig(), task, f"EnvPool/{task.env}", seed, **blpo),
     }
+    if task.slow_simulator:
+        configs["rllib_ppo_async"] = configure(PPOConfig(), task, task.env, seed, "async", **ppo)
+        configs["blpo_gymnasium_async"] = configure(BLPOConfig(), task, task.env, seed, "async", **blpo)
     return {name: config.build_algo() for name, config in configs.items()}
 
 

@@ -10,17 +10,19 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
 from ray.rllib.connectors.env_to_module import MeanStdFilter
-from ray.rllib.connectors.module_to_env import GetActions
+from ray.rllib.connectors.module_to_env import GetActions, NormalizeAndClipActions
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorical, TorchDiagGaussian
 from ray.rllib.core.models.base import ActorCriticEncoder
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.utils.filter import RunningStat
 from ray.rllib.utils.numpy import SMALL_NUMBER, convert_to_numpy
+from ray.rllib.utils.spaces.space_utils import clip_action, unsquash_action
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from torch import nn
 
@@ -75,9 +77,9 @@ class _PerceptronActor:
 
     def __init__(self, layers: list[tuple[np.ndarray, np.ndarray]], activations: list[Any], head: Any, draw: Any):
         self._layers, self._activations, self._draw = layers, activations, draw
-        log_std = getattr(head, "log_std", None)
-        self._log_std = None if log_std is None else log_std.detach().numpy()
         self._clip = float(head.log_std_clip_param_const) if head.clip_log_std else None
+        log_std = getattr(head, "log_std", None)
+        self._log_std = None if log_std is None else self._clipped(log_std.detach().numpy())
 
     @classmethod
     def of(cls, module: TorchRLModule) -> _PerceptronActor | None:
@@ -106,15 +108,17 @@ class _PerceptronActor:
 
     def _distribution_inputs(self, outputs: np.ndarray) -> np.ndarray:
         """What RLlib's policy heads make of their perceptron's outputs."""
-        if self._log_std is None and self._clip is None:
+        if self._log_std is not None:
+            inputs = np.empty((len(outputs), 2 * outputs.shape[1]), outputs.dtype)
+            inputs[:, : outputs.shape[1]], inputs[:, outputs.shape[1] :] = outputs, self._log_std
+            return inputs
+        if self._clip is None:
             return outputs
-        if self._log_std is None:
-            mean, log_std = np.split(outputs, 2, -1)
-        else:
-            mean, log_std = outputs, np.broadcast_to(self._log_std, outputs.shape)
-        if self._clip is not None:
-            log_std = np.clip(log_std, -self._clip, self._clip)
-        return np.concatenate([mean, log_std], -1)
+        mean, log_std = np.split(outputs, 2, -1)
+        return np.concatenate([mean, self._clipped(log_std)], -1)
+
+    def _clipped(self, log_std: np.ndarray) -> np.ndarray:
+        return log_std if self._clip is None else np.clip(log_std, -self._clip, self._clip)
 
 
 def _is_plain(module: TorchRLModule) -> bool:
@@ -137,34 +141,60 @@ def _draw_categorical(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _draw_gaussian(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Actions float32 [n, d] and their log-probabilities [n]; torch draws, as in its own Normal."""
-    mean, log_std = np.split(inputs, 2, -1)
+    half = inputs.shape[1] // 2
+    mean, log_std = inputs[:, :half], inputs[:, half:]
     std = np.exp(log_std)
     actions = torch.normal(torch.from_numpy(mean), torch.from_numpy(std)).numpy()
     return actions, (-0.5 * ((actions - mean) / std) ** 2 - log_std - _HALF_LOG_TWO_PI).sum(-1)
 
 
-def normalize(connector: MeanStdFilter, obs: np.ndarray) -> np.ndarray:
+class Normalizer:
     """What RLlib's filter makes of observations [n, ...] that it meets one after the other.
 
-    Each is normalised by the statistics of all before it and itself; the connector's own statistics are updated, so
-    that its state can be saved, merged with other EnvRunners' and set as usual.
+    Each is normalised by the statistics of all before it and itself. The connector's own statistics are updated, those
+    that normalise at once and those it keeps for other EnvRunners by :meth:`flush`, so that its state can be saved,
+    merged and set as usual.
     """
-    if connector._filters is None:
-        connector._init_new_filters()
-    (stock,) = connector._filters.values()
-    if connector._update_stats:
-        mean, variance = push(stock.running_stats, obs)
-        push(stock.buffer, obs)
-    else:
-        mean, variance = stock.running_stats.mean, stock.running_stats.var
-    x = obs
-    if stock.demean:
-        x = x - mean
-    if stock.destd:
-        x = x / (np.sqrt(np.maximum(0, variance)) + SMALL_NUMBER)
-    if stock.clip:
-        x = np.clip(x, -stock.clip, stock.clip)
-    return x.astype(obs.dtype)
+
+    def __init__(self, connector: MeanStdFilter):
+        if connector._filters is None:
+            connector._init_new_filters()
+        (self._stock,) = connector._filters.values()
+        self._updates = connector._update_stats
+        self._pending: list[np.ndarray] = []
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        stock = self._stock
+        if self._updates:
+            mean, variance = push(stock.running_stats, obs)
+            self._pending.append(obs)
+        else:
+            mean, variance = stock.running_stats.mean, stock.running_stats.var
+        x = obs
+        if stock.demean:
+            x = x - mean
+        if stock.destd:
+            x = x / (np.sqrt(np.maximum(0, variance)) + SMALL_NUMBER)
+        if stock.clip:
+            x = np.clip(x, -stock.clip, stock.clip)
+        return x.astype(obs.dtype)
+
+    def flush(self) -> None:
+        """Brings the statistics for other EnvRunners up to date."""
+        if self._pending:
+            push(self._stock.buffer, np.concatenate(self._pending))
+            self._pending.clear()
+
+
+def bound_actions(connector: NormalizeAndClipActions, actions: np.ndarray, space: gym.Space) -> np.ndarray:
+    """What RLlib's connector makes of actions [n, ...]: from [-1, 1] to a box, or clipped to it."""
+    if not isinstance(space, gym.spaces.Box):
+        return actions
+    if not connector.normalize_actions:
+        return clip_action(actions, space) if connector.clip_actions else actions
+    if space.dtype.kind != "f" or not space.is_bounded():
+        return unsquash_action(actions, space)
+    return np.clip(space.low + (actions + 1.0) * (space.high - space.low) / 2.0, space.low, space.high)
 
 
 def push(stat: RunningStat, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -44,11 +44,13 @@ from ray.rllib.utils.metrics import (
     RLMODULE_INFERENCE_TIMER,
     WEIGHTS_SEQ_NO,
 )
-from ray.rllib.utils.spaces.space_utils import clip_action, unsquash_action
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
+from ray.rllib.utils.typing import EnvCreator
+from ray.tune.registry import ENV_CREATOR, _global_registry
 
-from blpo_rllib.acting import make_actor, normalize
+from blpo_rllib.acting import Normalizer, bound_actions, make_actor
 from blpo_rllib.envpool import EnvPoolCreator, envpool_task
+from blpo_rllib.process_env import ProcessEnvCreator
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +84,10 @@ class BatchedEnvRunner(SingleAgentEnvRunner):
     What cannot be done so is left to RLlib's own loop, see :meth:`obstacle`. RLlib's EnvRunner itself comes back with
     ``config.env_runners(env_runner_cls=SingleAgentEnvRunner)``.
 
-    An environment named ``"EnvPool/<task>"`` is made by EnvPool, with ``env_config`` as its options. Its threads are
-    as many as this process has cores, or as ``num_cpus_per_env_runner`` allows a remote EnvRunner;
-    ``env_config={"num_threads": ...}`` overrides.
+    An environment named ``"EnvPool/<task>"`` is made by EnvPool, with ``env_config`` as its options, and stepped by as
+    many threads as this process has cores, or as ``num_cpus_per_env_runner`` allows a remote EnvRunner;
+    ``env_config={"num_threads": ...}`` overrides. With ``gym_env_vectorize_mode="async"`` the environments are shared
+    out among as many processes (:class:`~blpo_rllib.process_env.ProcessVectorEnv`).
     """
 
     _needs_initial_reset: bool
@@ -98,19 +101,29 @@ class BatchedEnvRunner(SingleAgentEnvRunner):
 
     @override(EnvRunner)
     def make_env(self) -> None:
-        task = envpool_task(self.config.env)
-        if task is None:
+        creator = self._vector_creator()
+        if creator is None:
             super().make_env()
             return
         # RLlib makes vector environments of an environment's own only in this mode, and from callables.
         named = self.config.env, self.config.gym_env_vectorize_mode
-        num_threads = max(1, int(self.config.num_cpus_per_env_runner)) if self.worker_index else None
-        self.config.env = EnvPoolCreator(task, num_threads)
-        self.config.gym_env_vectorize_mode = gym.VectorizeMode.VECTOR_ENTRY_POINT
+        self.config.env, self.config.gym_env_vectorize_mode = creator, gym.VectorizeMode.VECTOR_ENTRY_POINT
         try:
             super().make_env()
         finally:
             self.config.env, self.config.gym_env_vectorize_mode = named
+
+    def _vector_creator(self) -> EnvCreator | None:
+        """What makes the vector of environments, with as many threads or processes as cores; None: RLlib does."""
+        env = self.config.env
+        task = envpool_task(env)
+        cores = max(1, int(self.config.num_cpus_per_env_runner)) if self.worker_index else None
+        if task is not None:
+            return EnvPoolCreator(task, cores)
+        if env is None or gym.VectorizeMode(self.config.gym_env_vectorize_mode) is not gym.VectorizeMode.ASYNC:
+            return None
+        registered = isinstance(env, str) and _global_registry.contains(ENV_CREATOR, env)
+        return ProcessEnvCreator(_global_registry.get(ENV_CREATOR, env) if registered else env, cores)
 
     def obstacle(self, random_actions: bool = False) -> str | None:
         """Why ``sample()`` goes environment by environment, through RLlib's own loop; None if it does not."""
@@ -200,6 +213,7 @@ class BatchedEnvRunner(SingleAgentEnvRunner):
         rollout = _Rollout(self, explore)
         while rollout.wants_more(num_timesteps, num_episodes):
             rollout.step(num_episodes)
+        rollout.flush()
         self._done_episodes_for_metrics.extend(rollout.done)
         ongoing = rollout.cut() if num_timesteps is not None else []
         for episode in ongoing:
@@ -251,6 +265,7 @@ class _Rollout:
         self._actor = make_actor(runner.module, runner._device, explore)
         first = runner._env_to_module.connectors[0]
         self._filter: MeanStdFilter | None = first if _is_filter(first) else None
+        self._normalizer = None if self._filter is None else Normalizer(self._filter)
         self._bounds = runner._module_to_env.connectors[_MODULE_TO_ENV.index(NormalizeAndClipActions)]
         self._keep_lists = runner._overrides("on_episode_end")
         self._seconds = {"actor": 0.0, "filter": 0.0, "bounds": 0.0}
@@ -290,7 +305,7 @@ class _Rollout:
         actions = columns.pop(Columns.ACTIONS)
         for_env = columns.pop(Columns.ACTIONS_FOR_ENV, None)
         if for_env is None:
-            for_env = self._within_bounds(actions)
+            for_env = bound_actions(self._bounds, actions, runner.env.single_action_space)
         bounded = time.perf_counter()
         results = runner._try_env_step(for_env)
         if results is ENV_STEP_FAILURE:
@@ -299,7 +314,7 @@ class _Rollout:
             return
         obs, rewards, terminated, truncated, infos = results
         stepped = time.perf_counter()
-        self._obs = obs if self._filter is None else normalize(self._filter, obs)
+        self._obs = obs if self._normalizer is None else self._normalizer(obs)
         filtered = time.perf_counter()
         for name, seconds in (
             ("actor", acted - started),
@@ -312,18 +327,15 @@ class _Rollout:
         )
         self._follow_episodes(terminated, truncated, max_episodes)
 
+    def flush(self) -> None:
+        """Brings the filter's state up to date, once no more steps follow."""
+        if self._normalizer is not None:
+            self._normalizer.flush()
+
     def _timestep(self) -> int:
         """RLlib's estimate of the environment steps that all EnvRunners together have taken."""
         num_runners = self._runner.config.num_env_runners or 1
         return (self._runner.num_env_steps_sampled_lifetime // num_runners + self.num_steps) * num_runners
-
-    def _within_bounds(self, actions: np.ndarray) -> np.ndarray:
-        space = self._runner.env.single_action_space
-        if not isinstance(space, gym.spaces.Box):
-            return actions
-        if self._bounds.normalize_actions:
-            return unsquash_action(actions, space)
-        return clip_action(actions, space) if self._bounds.clip_actions else actions
 
     def _append(self, columns: dict[str, np.ndarray], infos: list[dict[str, Any]], now: float) -> None:
         if not self._rows:
