@@ -174,7 +174,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500_000, help="timed environment steps on CartPole")
     parser.add_argument("--threads", type=int, default=2, help="torch's intra-op threads")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "iteration.json")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results" / "iteration.json", help="JSON"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     ray.init(include_dashboard=False, log_to_driver=False)

@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="torch's intra-op threads")
     parser.add_argument("--rounds", type=int, default=5, help="timed update phases per learner and point")
+    parser.add_argument("--tables", nargs="+", choices=[*TABLES, "large"], default=[*TABLES, "large"])
     parser.add_argument("--output", type=Path, help="write the tables here too, as JSON")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -169,12 +170,14 @@ def main() -> None:
         print(json.dumps(run_only(*json.loads(args.only), args.device)))
         return
     console, tables = Console(), {}
-    for name, points in TABLES.items():
-        tables[name] = [update_row(point, args.device, args.threads, args.rounds) for point in points]
+    for name in args.tables:
+        if name == "large":
+            ranks = [{"rank": rank} for rank in LARGE_RANKS]
+            tables[name] = [rank | in_own_process("large", rank, args.device, args.threads) for rank in ranks]
+            show("Nyström product on a critic of ten million parameters", tables[name], console)
+            continue
+        tables[name] = [update_row(point, args.device, args.threads, args.rounds) for point in TABLES[name]]
         show(f"update phase against {name}", tables[name], console)
-    ranks = [{"rank": rank} for rank in LARGE_RANKS]
-    tables["large"] = [rank | in_own_process("large", rank, args.device, args.threads) for rank in ranks]
-    show("Nyström product on a critic of ten million parameters", tables["large"], console)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps({**provenance(), "tables": tables}, indent=2) + "\n")

@@ -184,8 +184,9 @@ def sampled(mode, env_runner_cls, env="CartPole-v1", **options):
     return kind, [np.asarray(episode.get_observations()) for episode in episodes], result["env_runners"]
 
 
+@pytest.mark.usefixtures("_ray")
 @pytest.mark.parametrize("env", ["CartPole-v1", "registered", Configured])
-def test_rllibs_async_mode_samples_the_same_episodes(_ray, env, monkeypatch):
+def test_rllibs_async_mode_samples_the_same_episodes(env, monkeypatch):
     register_env("registered", Configured)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     kind, ours, metrics = sampled("async", BatchedEnvRunner, env, sutton_barto_reward=True)

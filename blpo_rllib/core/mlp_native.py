@@ -147,7 +147,7 @@ class NativePass(MLPPass):
     def second_order_rows(self, places: Tensor, cotangents: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """:meth:`CriticPass.second_order_rows` for the parameters at ``places``: see :class:`Coordinates`."""
         rows = first.new_zeros(len(places), self.num_parameters)
-        workspace = cotangents.new_empty(4 * cotangents.numel() + self._by_slot.numel())
+        workspace = cotangents.new_empty(3 * cotangents.numel() + self._by_slot.numel())
         inputs = self._all_hidden, self._by_slot, cotangents, self.padded(first), self.padded(second), places
         self._call(
             "second_order_rows",

@@ -48,7 +48,7 @@ class IHVPSolver(ABC):
             curvature: H.
             v: The vector [p].
             columns: What :meth:`draw` returned.
-            terms: What :meth:`local_terms` returned, summed over processes.
+            terms: What :meth:`local_terms` returned, summed over processes; they may be overwritten.
         """
 
     def relative_residual(self, curvature: Curvature, v: Tensor, x: Tensor) -> float:

@@ -64,7 +64,9 @@ class Nystrom(IHVPSolver):
         core.diagonal().add_(self.core_shift)
         # solve_ex: a singular core gives non-finite numbers, which the caller catches, instead of a device sync.
         y, _ = torch.linalg.solve_ex(core, c @ v)
-        return torch.addmv(v, c.T, y, beta=1 / rho, alpha=-1 / rho**2)
+        # v/ρ − Cᵀy/ρ², in place of the first row, which is not needed any more: x is as large as a row.
+        y = y * (-1 / rho**2)
+        return c[0].mul_(y[0]).addmv_(c[1:].T, y[1:]).add_(v, alpha=1 / rho)
 
     def get_state(self) -> dict[str, Any]:
         return {"columns": self.columns}

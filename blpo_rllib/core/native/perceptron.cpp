@@ -413,7 +413,7 @@ struct SecondOrderRow {
   const T *h, *h_by_slot;              // h_0 ... z_L, and all but z_L slot by slot
   const T *g, *u, *a;                  // G_1 ... G_L; u and a [N]
   T *tangent, *moved, *moved_by_slot;  // of z and of h, layers 1 ... L - 1
-  T *change, *q;                       // of G, and u dG + a j G; layers 1 ... L
+  T* q;                                // of G, and in its place u dG + a j G; layers 1 ... L
 
   Vector<T> drive(int64_t slot) const {
     if (at.input < 0) return Vector<T>{} + 1;
@@ -456,22 +456,23 @@ struct SecondOrderRow {
   // dG_l = phi' (W_{l+1}^T dG_{l+1} + [l + 1 is the parameter's layer] e_c G[r]) + (phi''/phi') G_l dz_l, downwards.
   void pull(int64_t first, int vectors) const {
     Support above{Support::kNone, 0};
-    combine(net.depth, above, first, vectors);
     for (int64_t layer = net.depth - 1; layer >= 1; --layer) {
-      above = change_from(layer, above, first, vectors);
-      combine(layer, above, first, vectors);
+      const Support own = change_from(layer, above, first, vectors);
+      combine(layer + 1, above, first, vectors);
+      above = own;
     }
+    combine(1, above, first, vectors);
   }
 
   Support change_from(int64_t layer, Support above, int64_t first, int vectors) const {
     const Activation kind = net.activation(layer);
     const T* hidden = h + net.offset(layer, 0) + first;
-    T* output = change + net.offset(layer, 1) + first;
+    T* output = q + net.offset(layer, 1) + first;
     const int64_t slots = vectors * kLanes<T>;
     if (above.kind == Support::kNone) {
       for (int64_t unit = 0; unit < net.sizes[layer]; ++unit) std::fill_n(output + unit * net.slots, slots, T(0));
     } else {
-      apply(net.weight(layer + 1), 1, net.sizes[layer], above, change + net.offset(layer + 1, 1) + first, layer,
+      apply(net.weight(layer + 1), 1, net.sizes[layer], above, q + net.offset(layer + 1, 1) + first, layer,
             layer + 1, vectors, [&](int64_t place, Vector<T> back) {
               store<T>(output + place, back * slope(kind, load<T>(hidden + place)));
             });
@@ -508,7 +509,7 @@ struct SecondOrderRow {
       for (int64_t unit = 0; unit < net.sizes[layer]; ++unit) {
         const int64_t place = begin + unit * net.slots + s;
         Vector<T> value = outer * load<T>(g + place);
-        if (support.kind != Support::kNone) value += inner * load<T>(change + place);
+        if (support.kind != Support::kNone) value += inner * load<T>(q + place);
         store<T>(q + place, value);
       }
     }
@@ -539,7 +540,7 @@ struct SecondOrderRow {
   }
 };
 
-// `count` rows into out [count, p]; `work` holds four arrays like g and one like h_by_slot.
+// `count` rows into out [count, p]; `work` holds three arrays like g and one like h_by_slot.
 template <class T>
 void second_order_rows(const Net<T>& net, const T* h, const T* h_by_slot, const T* g, const T* u, const T* a,
                        const int64_t* coordinates, int64_t count, T* work, T* out, int threads) {
@@ -547,8 +548,8 @@ void second_order_rows(const Net<T>& net, const T* h, const T* h_by_slot, const 
 #pragma omp parallel num_threads(threads)
   for (int64_t k = 0; k < count; ++k) {
     const Coordinate at{coordinates[3 * k], coordinates[3 * k + 1], coordinates[3 * k + 2]};
-    const SecondOrderRow<T> row{net, at, h, h_by_slot, g, u, a, work, work + size, work + 4 * size, work + 2 * size,
-                                work + 3 * size};
+    const SecondOrderRow<T> row{net, at, h, h_by_slot, g, u, a, work, work + size, work + 3 * size,
+                                work + 2 * size};
     for_tiles<T>(net, [&](int64_t first, int vectors) {
       row.push(first, vectors);
       row.pull(first, vectors);
