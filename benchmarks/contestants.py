@@ -205,30 +205,35 @@ def contestant(task: str, algorithm: str, seed: int, steps: int, simulator: str)
         .evaluation(
             evaluation_interval=10**9,
             evaluation_num_env_runners=0,
-            evaluation_config=_evaluation_config(config),
+            evaluation_config={"explore": False, "num_envs_per_env_runner": EVALUATION_EPISODES},
             custom_evaluation_function=evaluate,
         )
         .debugging(seed=seed, log_level="ERROR")
     )
 
 
-def _evaluation_config(config: AlgorithmConfig) -> dict[str, Any]:
-    """Few environments, whose observations are normalised by the training's statistics and change them not."""
-    overrides: dict[str, Any] = {"explore": False, "num_envs_per_env_runner": EVALUATION_EPISODES}
-    if config._env_to_module_connector is not None:
-        overrides["env_to_module_connector"] = lambda env, spaces, device: MeanStdFilter(update_stats=False)
-    return overrides
-
-
 def evaluate(algorithm: Algorithm, group: Any) -> tuple[dict[str, Any], int, int]:
     """Mean return over one episode of each evaluation environment, for RLlib's ``custom_evaluation_function``."""
     runner = group.local_env_runner
+    _take_statistics(runner, algorithm.env_runner)
     episodes = runner.sample_one_each(EVALUATION_SEED)
     value = float(np.mean([episode.get_return() for episode in episodes]))
     runner.metrics.log_value(EPISODE_RETURN_MEAN, value, window=1)
     algorithm.metrics.aggregate([runner.metrics.reduce()], key=(EVALUATION_RESULTS, ENV_RUNNER_RESULTS))
     steps = sum(map(len, episodes))
     return {EPISODE_RETURN_MEAN: value}, steps, steps
+
+
+def _take_statistics(runner: BatchedEnvRunner, training: BatchedEnvRunner) -> None:
+    """Normalises an evaluation's observations as the training does, and leaves it at that.
+
+    RLlib brings statistics to remote evaluation EnvRunners only (ray/rllib/env/env_runner_group.py,
+    sync_env_runner_states). Before training there are none, and the evaluation goes by its own.
+    """
+    runner._env_to_module.set_state(training._env_to_module.get_state())
+    for connector in runner._env_to_module.connectors:
+        if isinstance(connector, MeanStdFilter):
+            connector._update_stats = all(x.running_stats.num_pushes == 0 for x in connector._filters.values())
 
 
 class DivideRewards(ConnectorV2):

@@ -138,6 +138,11 @@ def seconds_per_100k(curve: pd.DataFrame) -> float:
     return float(curve["seconds"].max() / curve["env_steps"].max() * 1e5)
 
 
+def cpu_seconds_per_100k(curve: pd.DataFrame) -> float:
+    """The same in seconds of processor time, which pauses of the machine do not lengthen."""
+    return float(curve["cpu_seconds"].max() / curve["env_steps"].max() * 1e5)
+
+
 def steps_to_reach(curve: pd.DataFrame, target: float) -> float:
     """Steps at which the evaluations, joined by straight lines, first reach the target; infinity if they do not."""
     steps, values = curve["env_steps"].to_numpy(float), curve["evaluation_return"].to_numpy(float)
@@ -175,7 +180,10 @@ def bootstrap(scores: Any, function: Callable[..., Any]) -> Any:
 
 
 def estimate(scores: Any, function: Callable[..., float]) -> Estimate:
-    """A number with its interval."""
+    """A number with its interval, whose ends are NaN where there are single runs."""
+    arrays = scores if isinstance(scores, list) else [scores]
+    if min(map(len, arrays)) < 2:
+        return function(*arrays), math.nan, math.nan
     point, interval = bootstrap(scores, lambda *arrays: np.array([function(*arrays)]))
     return float(point[0]), float(interval[0, 0]), float(interval[1, 0])
 
@@ -242,6 +250,7 @@ def task_table(runs: Runs) -> pd.DataFrame:
                     "P(better than PPO)": interval_text(improvement(runs, [task], algorithm), 2),
                     "steps to PPO's final return": reaching_text(runs, task, algorithm, target),
                     "s per 100k steps": f"{np.median(runs.numbers(task, algorithm, seconds_per_100k)):.1f}",
+                    "of CPU": f"{np.median(runs.numbers(task, algorithm, cpu_seconds_per_100k)):.1f}",
                 }
             )
     return pd.DataFrame(rows)
@@ -266,7 +275,7 @@ def interval_text(value: Estimate | None, digits: int) -> str:
     if value is None:
         return "–"
     point, low, high = (f"{x:,.{digits}f}" for x in value)
-    return f"{point} ({low} to {high})"
+    return point if math.isnan(value[1]) else f"{point} ({low} to {high})"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -356,6 +365,7 @@ def performance_profiles(runs: Runs) -> Any:
 FIGURES: dict[str, Callable[[Runs], Any]] = {
     "learning_curves_steps": lambda runs: learning_curves(runs, "env_steps", "environment steps"),
     "learning_curves_seconds": lambda runs: learning_curves(runs, "seconds", "seconds of training"),
+    "learning_curves_cpu_seconds": lambda runs: learning_curves(runs, "cpu_seconds", "processor seconds of training"),
     "performance_profiles": performance_profiles,
 }
 
