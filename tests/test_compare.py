@@ -19,7 +19,7 @@ from blpo_rllib.connectors import RewardScale
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-contestants, report = (importlib.import_module(name) for name in ("contestants", "report"))
+contestants, report, compare_script = (importlib.import_module(name) for name in ("contestants", "report", "compare"))
 
 
 SHARED = ("gamma", "lambda_", "clip_param", "num_epochs", "train_batch_size_per_learner", "minibatch_size")
@@ -134,18 +134,36 @@ def test_runs_end_to_end_and_only_once(tmp_path):
     assert first["env_steps"].iloc[0] == 0
     assert first["env_steps"].iloc[-1] >= 1024
     assert first["evaluation_return"].notna().all()
-    assert "add --resume" in compare(output, "--algorithms", "blpo").stderr
     assert compare(output, "--algorithms", "blpo", "ppo", "--resume").returncode == 0
     both = pd.read_parquet(output / "runs.parquet")
     assert set(both["algorithm"]) == {"blpo", "ppo"}
     pd.testing.assert_frame_equal(both[both["algorithm"] == "blpo"].reset_index(drop=True), first)
-    assert "other steps" in compare(output, "--resume", "--steps", "2048").stderr
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.report(output, readme)
     assert readme.read_text().startswith(f"before\n{report.BEGIN}\nRuns of ")
     assert readme.read_text().endswith(f"{report.END}\nafter\n")
     assert "hopper: blpo has 0 of 1 seeds" in (output / "report.md").read_text()
+
+
+def test_a_folder_takes_more_runs_but_none_of_another_kind(tmp_path):
+    def take(steps=1024, simulator="envpool", resume=True, tasks=("cartpole",)):
+        plan = compare_script.ComparePlan(dict.fromkeys(tasks, steps), ["blpo"], 1, simulator)
+        compare_script.take_folder(plan, tmp_path, resume)
+
+    take(resume=False)
+    with pytest.raises(ValueError, match="add --resume"):
+        take(resume=False)
+    for other in ({"steps": 2048}, {"simulator": "gymnasium"}):
+        with pytest.raises(ValueError, match="other steps or another simulator"):
+            take(**other)
+    take(tasks=("cartpole", "acrobot"))
+
+
+def test_order_is_by_task_and_then_by_seed():
+    plan = compare_script.ComparePlan({"cartpole": 1, "acrobot": 1}, ["blpo", "ppo_tuned"], 2, "envpool")
+    cartpole = [f"cartpole_{name}_seed{seed}" for seed in (0, 1) for name in ("blpo", "ppo_tuned")]
+    assert list(plan.trials()) == [*cartpole, "acrobot_blpo_seed0", "acrobot_blpo_seed1"]
 
 
 # The report's numbers.
