@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test test-slow test-chaos lint
+.PHONY: setup train test test-slow test-chaos lint report
 
 setup: $(STAMP)
 
@@ -26,6 +26,10 @@ test-slow: $(STAMP)
 # Ten minutes; CHAOS_SECONDS=90 make test-chaos for a first look.
 test-chaos: $(STAMP)
 	$(BIN)/python -m pytest -m chaos --capture=no
+
+# Figures and tables from the runs in benchmarks/results/compare, and the table in README.md.
+report: $(STAMP)
+	$(BIN)/python benchmarks/report.py --readme README.md
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -91,6 +91,7 @@ class BatchedEnvRunner(SingleAgentEnvRunner):
     """
 
     _needs_initial_reset: bool
+    _seed: int | None
 
     @override(SingleAgentEnvRunner)
     def __init__(self, *, config: AlgorithmConfig, **kwargs: Any):
@@ -222,6 +223,33 @@ class BatchedEnvRunner(SingleAgentEnvRunner):
         self._log_env_steps(metric=self._metrics_num_env_steps_sampled, num_steps=rollout.num_steps)
         self._increase_sampled_metrics(rollout.num_steps, len(rollout.done))
         return rollout.done + ongoing
+
+    def sample_one_each(self, seed: int, explore: bool = False) -> list[SingleAgentEpisode]:
+        """One whole episode of each environment, from the same starts whenever the seed is the same.
+
+        ``sample(num_episodes=...)`` returns the episodes that end first, among which short ones are too many.
+
+        Args:
+            seed: Of the environments; the i-th takes ``seed + i``.
+            explore: Whether actions are drawn, or the most likely ones.
+
+        Raises:
+            ValueError: If something stands in the way of batched sampling, see :meth:`obstacle`.
+        """
+        obstacle = self.obstacle()
+        if obstacle is not None:
+            raise ValueError(f"one episode of each environment is for batched sampling only, but {obstacle}")
+        own_seed, self._seed, self._needs_initial_reset = self._seed, seed, True
+        try:
+            self._reset_envs_and_episodes(explore)
+        finally:
+            self._seed = own_seed
+        wanted = {episode.id_ for episode in self._ongoing_episodes}
+        rollout = _Rollout(self, explore)
+        while wanted - {episode.id_ for episode in rollout.done}:
+            rollout.step(None)
+        self._needs_initial_reset = True
+        return [episode for episode in rollout.done if episode.id_ in wanted]
 
     def _log_once(self, obstacle: str) -> None:
         if obstacle not in self._logged_obstacles:

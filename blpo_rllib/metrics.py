@@ -15,6 +15,7 @@ from ray.rllib.utils.metrics import (
     EPISODE_RETURN_MAX,
     EPISODE_RETURN_MEAN,
     EPISODE_RETURN_MIN,
+    EVALUATION_ITERATION_TIMER,
     EVALUATION_RESULTS,
     FAULT_TOLERANCE_STATS,
     LEARNER_RESULTS,
@@ -33,6 +34,12 @@ ENV_STEPS = "throughput/env_steps"
 ENV_STEPS_PER_SECOND = "throughput/env_steps_per_second"
 UPDATE_SECONDS = "throughput/update_seconds"
 SECONDS = "throughput/seconds"
+EVALUATION_RETURN = "returns/evaluation_return_mean"
+EVALUATION_SECONDS = "throughput/evaluation_seconds"
+CPU_SECONDS = "throughput/cpu_seconds"
+
+# Where benchmarks/compare.py puts what RLlib does not measure.
+CPU_SECONDS_TOTAL = "cpu_seconds_total"
 
 # Where each metric of a whole run stands in RLlib's results.
 RUN_METRICS = {
@@ -41,11 +48,13 @@ RUN_METRICS = {
     "returns/episode_return_max": f"{ENV_RUNNER_RESULTS}/{EPISODE_RETURN_MAX}",
     "returns/episode_len_mean": f"{ENV_RUNNER_RESULTS}/{EPISODE_LEN_MEAN}",
     EPISODES: f"{ENV_RUNNER_RESULTS}/{NUM_EPISODES}",
-    "returns/evaluation_return_mean": f"{EVALUATION_RESULTS}/{ENV_RUNNER_RESULTS}/{EPISODE_RETURN_MEAN}",
+    EVALUATION_RETURN: f"{EVALUATION_RESULTS}/{ENV_RUNNER_RESULTS}/{EPISODE_RETURN_MEAN}",
     ENV_STEPS: f"{ENV_RUNNER_RESULTS}/{NUM_ENV_STEPS_SAMPLED_LIFETIME}",
     SECONDS: TIME_TOTAL_S,
     "throughput/iteration_seconds": TIME_THIS_ITER_S,
     "throughput/sampling_seconds": f"{TIMERS}/{ENV_RUNNER_SAMPLING_TIMER}",
+    EVALUATION_SECONDS: f"{TIMERS}/{EVALUATION_ITERATION_TIMER}",
+    CPU_SECONDS: CPU_SECONDS_TOTAL,
     UPDATE_SECONDS: f"{TIMERS}/{LEARNER_UPDATE_TIMER}",
     # Population based training changes them on the way.
     "bilevel/damping": "config/nystrom_damping",

@@ -28,7 +28,7 @@ from blpo_rllib.provenance import provenance
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-EXAMPLES = ("cartpole", "acrobot", "hopper")
+EXAMPLES = sorted(path.stem.removesuffix("_blpo") for path in Path(__file__).parent.glob("*_blpo.py"))
 BIN = 25_000
 
 

@@ -8,11 +8,11 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-Point = dict[str, float]
+Point = dict[str, Any]
 
 RANK, DAMPING = "nystrom_rank", "nystrom_damping"
 SEARCHES = ("grid", "random", "optuna", "asha", "pbt")
@@ -45,6 +45,28 @@ AXES = {
 # What population based training changes while a trial runs. The others are part of optimizers and solver state, which
 # members copy from each other.
 PBT_FIELDS = (DAMPING, "hypergradient_bound")
+
+
+class Plan(Protocol):
+    """What running trials and recording them asks of a plan."""
+
+    @property
+    def values(self) -> Mapping[str, Sequence[Any]]:
+        """For each field of a trial's config that tells trials apart, its values."""
+
+    @property
+    def num_trials(self) -> int:
+        """How many trials there are in all."""
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether a trial may end before its steps are made."""
+
+    def steps_of(self, point: Mapping[str, Any]) -> int:
+        """Environment steps of a trial."""
+
+    def trial_name(self, point: Mapping[str, Any], seed: int) -> str:
+        """The trial's folder, and its name everywhere."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +133,11 @@ class SweepPlan:
         return 1 if self.search == "pbt" else self.seeds
 
     @property
+    def stops_early(self) -> bool:
+        """Whether a trial may end before its steps are made."""
+        return self.search == "asha"
+
+    @property
     def num_trials(self) -> int:
         """How many trials the sweep has in all."""
         points = int(np.prod([len(v) for v in self.values.values()])) if self.search == "grid" else self.num_points
@@ -130,6 +157,10 @@ class SweepPlan:
             return []
         generator = np.random.default_rng(self.draw_seed)
         return [self._draw(generator) for _ in range(self.num_points)]
+
+    def steps_of(self, point: Mapping[str, Any]) -> int:
+        """Environment steps of a trial: the same for all."""
+        return self.stop_timesteps
 
     def _draw(self, generator: np.random.Generator) -> Point:
         return rounded({name: _draw(AXES[name], min(v), max(v), generator) for name, v in self.values.items()})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from blpo_rllib.metrics import ENV_STEPS, EPISODE_RETURN, EPISODES, SECONDS, grouped, iteration
-from blpo_rllib.sweep.plan import SweepPlan
+from blpo_rllib.sweep.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ FINISHED, STOPPED, FAILED = "finished", "stopped early", "failed"
 # The share of a trial's steps, at its end, over which final numbers are averaged.
 FINAL_SHARE = 0.2
 
-Row = dict[str, float]
+Row = dict[str, Any]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -91,7 +91,8 @@ def summary(rows: list[Row]) -> dict[str, float]:
         return {}
     steps = rows[-1][ENV_STEPS]
     last = [row for row in rows if row[ENV_STEPS] > (1 - FINAL_SHARE) * steps]
-    names = sorted({name for row in last for name in row} - {"iteration", EPISODE_RETURN, EPISODES, SECONDS, ENV_STEPS})
+    numeric = {name for row in last for name, value in row.items() if isinstance(value, (int, float))}
+    names = sorted(numeric - {"iteration", EPISODE_RETURN, EPISODES, SECONDS, ENV_STEPS})
     means = {name: float(np.mean([row[name] for row in last if name in row])) for name in names}
     return {
         "final_return": mean_return(last),
@@ -118,10 +119,11 @@ class Recorder(tune.Callback):
     Args:
         files: Where to.
         plan: The sweep.
+        about: What else goes into the record of a trial when it ends.
     """
 
-    def __init__(self, files: TrialFiles, plan: SweepPlan):
-        self._files, self._plan = files, plan
+    def __init__(self, files: TrialFiles, plan: Plan, about: Callable[[], Mapping[str, Any]] = dict):
+        self._files, self._plan, self._about = files, plan, about
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -134,7 +136,7 @@ class Recorder(tune.Callback):
     def _row(self, trial: Trial, result: dict[str, Any]) -> Row:
         return {"iteration": iteration(result), **self._point(trial), **grouped(result)}
 
-    def _point(self, trial: Trial) -> dict[str, float]:
+    def _point(self, trial: Trial) -> dict[str, Any]:
         """The trial's present point, which population based training changes."""
         return {name: trial.config[name] for name in self._plan.values}
 
@@ -148,13 +150,13 @@ class Recorder(tune.Callback):
         name = name_of(trial)
         try:
             numbers = summary(self._files.rows(name))
-            complete = numbers.get("env_steps", 0) >= self._plan.stop_timesteps
-            if not (error or complete or self._plan.search == "asha"):
+            complete = numbers.get("env_steps", 0) >= self._plan.steps_of(trial.config)
+            if not (error or complete or self._plan.stops_early):
                 # Tune ends trials as complete when the whole sweep is interrupted, too.
                 return
             status = FAILED if error else FINISHED if complete else STOPPED
             about = {"name": name, "status": status, "error": error, "seed": trial.config["seed"]}
-            self._files.end(name, about | numbers | self._point(trial))
+            self._files.end(name, about | dict(self._about()) | numbers | self._point(trial))
         except (OSError, KeyError, TypeError, ValueError):
             logger.exception("the record of trial %s was not written; it will run again on --resume", name)
 

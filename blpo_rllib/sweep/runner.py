@@ -16,7 +16,7 @@ from ray.tune.progress_reporter import ProgressReporter
 
 from blpo_rllib.blpo import BLPO, BLPOConfig
 from blpo_rllib.progress import RichReporter
-from blpo_rllib.sweep.plan import PBT_FIELDS, SweepPlan
+from blpo_rllib.sweep.plan import PBT_FIELDS, Plan, SweepPlan
 from blpo_rllib.sweep.records import Recorder, TrialFiles, write_whole
 from blpo_rllib.sweep.search import STEPS, Points, PointSearch, scheduler_of
 
@@ -109,35 +109,71 @@ def _tuner(
         if max_concurrent is None:
             # Without a limit Tune asks for points ahead of time, before Optuna has anything to learn from.
             max_concurrent = os.cpu_count() if plan.search == "optuna" else None
+    iterations = max(1, plan.stop_timesteps // config.total_train_batch_size)
+    return make_tuner(
+        SweepTrial,
+        plan,
+        output,
+        param_space=config,
+        stop={STEPS: plan.stop_timesteps},
+        checkpoint_config=tune.CheckpointConfig(
+            checkpoint_frequency=-(-iterations // CHECKPOINTS_PER_TRIAL), checkpoint_at_end=True, num_to_keep=3
+        ),
+        callbacks=[Recorder(points.files, plan), *callbacks],
+        reporter=reporter or RichReporter(plan.stop_timesteps, plan.num_trials),
+        search_alg=search,
+        scheduler=scheduler,
+        num_samples=num_samples,
+        max_concurrent_trials=max_concurrent,
+    )
+
+
+def make_tuner(
+    trainable: type,
+    plan: Plan,
+    output: Path,
+    *,
+    param_space: Any = None,
+    stop: Any = None,
+    checkpoint_config: tune.CheckpointConfig | None = None,
+    callbacks: Sequence[tune.Callback],
+    reporter: ProgressReporter,
+    **tune_config: Any,
+) -> tune.Tuner:
+    """A Tuner whose trials have the same names and folders on every start, and of which a failing one ends no other.
+
+    Args:
+        trainable: What Tune runs.
+        plan: Names the trials.
+        output: The folder that holds everything.
+        param_space: As in Tune.
+        stop: As in Tune.
+        checkpoint_config: As in Tune.
+        callbacks: A :class:`~blpo_rllib.sweep.records.Recorder` among them.
+        reporter: Progress at the terminal.
+        **tune_config: Arguments of Tune's TuneConfig.
+    """
     # Tune's newer output ignores progress reporters.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     # With a searcher Tune starts one trial after the other, and starting takes as long as a short trial.
     os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(os.cpu_count()))
     # Tune's own record of the experiment, about whose frequency it would warn, is not what a sweep goes on from.
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    iterations = max(1, plan.stop_timesteps // config.total_train_batch_size)
     return tune.Tuner(
-        SweepTrial,
-        param_space=config,
+        trainable,
+        param_space=param_space,
         run_config=tune.RunConfig(
             name=RUN,
             storage_path=str(output),
-            stop={STEPS: plan.stop_timesteps},
+            stop=stop,
             failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),
-            checkpoint_config=tune.CheckpointConfig(
-                checkpoint_frequency=-(-iterations // CHECKPOINTS_PER_TRIAL), checkpoint_at_end=True, num_to_keep=3
-            ),
-            callbacks=[Recorder(points.files, plan), *callbacks],
-            progress_reporter=reporter or RichReporter(plan.stop_timesteps, plan.num_trials),
+            checkpoint_config=checkpoint_config,
+            callbacks=list(callbacks),
+            progress_reporter=reporter,
             verbose=1,
         ),
         tune_config=tune.TuneConfig(
-            search_alg=search,
-            scheduler=scheduler,
-            num_samples=num_samples,
-            max_concurrent_trials=max_concurrent,
-            trial_dirname_creator=_Folder(plan),
-            trial_name_creator=_Folder(plan),
+            trial_dirname_creator=_Folder(plan), trial_name_creator=_Folder(plan), **tune_config
         ),
     )
 
@@ -161,7 +197,7 @@ class _Looked:
 class _Folder:
     """Names a trial and its folder, the same on every start, so that the trial finds its checkpoints."""
 
-    def __init__(self, plan: SweepPlan):
+    def __init__(self, plan: Plan):
         self._plan = plan
 
     def __call__(self, trial: Trial) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,9 @@ from blpo_rllib.sweep.records import FAILED, TrialFiles, write_whole
 SCORE, STEPS = RUN_METRICS[EPISODE_RETURN], RUN_METRICS[ENV_STEPS]
 # Share of a trial's steps before ASHA may stop it, and between PBT's exchanges.
 GRACE_SHARE, PERTURB_SHARE = 0.1, 0.2
+
+# Point and seed.
+Trial = tuple[Point, int]
 
 
 class Points:
@@ -43,7 +47,7 @@ class Points:
         self.points += points
         write_whole(self._path, json.dumps(self.points))
 
-    def trials(self) -> dict[str, tuple[Point, int]]:
+    def trials(self) -> dict[str, Trial]:
         """Point and seed of each trial, by its name, seed by seed: a sweep cut short has all points with few seeds."""
         if self.plan.search == "pbt":
             pairs = [(point, seed) for seed, point in enumerate(self.points)]
@@ -51,13 +55,42 @@ class Points:
             pairs = [(point, seed) for seed in range(self.plan.seeds_per_point) for point in self.points]
         return {self.plan.trial_name(point, seed): (point, seed) for point, seed in pairs}
 
-    def open(self) -> dict[str, tuple[Point, int]]:
+    def open(self) -> dict[str, Trial]:
         """Those that have not ended, or that failed."""
-        ended = {name for name, record in self.files.ended().items() if record["status"] != FAILED}
-        return {name: trial for name, trial in self.trials().items() if name not in ended}
+        return open_trials(self.trials(), self.files)
 
 
-class PointSearch(Searcher):
+def open_trials(trials: Mapping[str, Trial], files: TrialFiles) -> dict[str, Trial]:
+    """Those of the trials that have not ended, or that failed."""
+    ended = {name for name, record in files.ended().items() if record["status"] != FAILED}
+    return {name: trial for name, trial in trials.items() if name not in ended}
+
+
+class TrialSearch(Searcher):
+    """Hands out trials one after the other.
+
+    Args:
+        trials: Point and seed of each.
+    """
+
+    def __init__(self, trials: Iterable[Trial]):
+        super().__init__()
+        self._waiting = list(trials)
+
+    def suggest(self, trial_id: str) -> Any:
+        if not self._waiting:
+            return Searcher.FINISHED
+        point, seed = self._waiting.pop(0)
+        return point | {"seed": seed}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing: records say what has ended."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the files of the trials are the memory."""
+
+
+class PointSearch(TrialSearch):
     """Hands out the points that are known, and lets Optuna propose more where the plan says so.
 
     Args:
@@ -65,9 +98,8 @@ class PointSearch(Searcher):
     """
 
     def __init__(self, points: Points):
-        super().__init__(metric=SCORE, mode="max")
+        super().__init__(points.open().values())
         self._points = points
-        self._waiting = list(points.open().values())
         self._optuna = OptunaPoints(points.plan) if points.plan.search == "optuna" else None
 
     def suggest(self, trial_id: str) -> Any:
@@ -77,16 +109,7 @@ class PointSearch(Searcher):
             known = point in self._points.points
             self._points.extend([point])
             self._waiting += [] if known else [(point, seed) for seed in range(self._points.plan.seeds)]
-        if not self._waiting:
-            return Searcher.FINISHED
-        point, seed = self._waiting.pop(0)
-        return point | {"seed": seed}
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Nothing: :meth:`suggest` reads the records."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the files of the sweep are its memory."""
+        return super().suggest(trial_id)
 
 
 class OptunaPoints:

@@ -1,0 +1,262 @@
+"""The comparison with PPO: equal terms, runs end to end and on resume, and the report's numbers computed anew."""
+
+import importlib
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from ray.rllib.connectors.learner import GeneralAdvantageEstimation
+from rliable.metrics import probability_of_improvement as rliable_probability_of_improvement
+from scipy.stats import trim_mean
+
+from blpo_rllib import BLPOConfig
+from blpo_rllib.connectors import RewardScale
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+contestants, report, compare_script = (importlib.import_module(name) for name in ("contestants", "report", "compare"))
+
+
+SHARED = ("gamma", "lambda_", "clip_param", "num_epochs", "train_batch_size_per_learner", "minibatch_size")
+
+
+def contestant(task, algorithm, simulator="gymnasium"):
+    return contestants.contestant(task, algorithm, seed=0, steps=contestants.TASKS[task], simulator=simulator)
+
+
+# Equal terms.
+
+
+@pytest.mark.parametrize("task", contestants.TASKS)
+def test_all_contestants_of_a_task_are_valid_and_sample_alike(task):
+    for algorithm in contestants.algorithms_of(task):
+        config = contestant(task, algorithm, "envpool")
+        config.validate()
+        assert config.env_runner_cls is contestants.BatchedEnvRunner
+        assert config.env == contestant(task, "blpo", "envpool").env
+        assert config.num_env_runners == config.num_learners == 0
+
+
+@pytest.mark.parametrize("task", contestants.TASKS)
+def test_ppo_differs_from_blpo_in_the_algorithm_alone(task):
+    blpo, ppo = contestant(task, "blpo"), contestant(task, "ppo")
+    for name in (
+        *SHARED,
+        "num_envs_per_env_runner",
+        "min_sample_timesteps_per_iteration",
+        "entropy_coeff",
+        "grad_clip",
+    ):
+        assert getattr(ppo, name) == getattr(blpo, name), name
+    assert (ppo.lr, ppo.use_kl_loss) == (blpo.actor_lr, False)
+    assert ppo._env_to_module_connector == contestants.example(task, "gymnasium")._env_to_module_connector or (
+        type(ppo._env_to_module_connector(None, None, None)) is type(blpo._env_to_module_connector(None, None, None))
+    )
+    assert (ppo._learner_class is contestants.PPOWithScaledRewards) == blpo.normalize_rewards
+
+
+def test_variants_differ_from_blpo_in_the_hypergradient_alone():
+    blpo = contestant("walker2d", "blpo").to_dict()
+    for algorithm in ("blpo_cg", "nested_ppo"):
+        variant = contestant("walker2d", algorithm).to_dict()
+        differing = {name for name in blpo if blpo[name] != variant[name] and not callable(blpo[name])}
+        assert differing - {"evaluation_config"} == {"hypergradient"}
+
+
+def test_networks_and_normalisation_of_ppo_are_those_of_blpo():
+    blpo, ppo = (contestant("reacher", name).build_algo() for name in ("blpo", "ppo"))
+    try:
+        ours, theirs = (algo.learner_group._learner for algo in (blpo, ppo))
+        shapes = [{k: v.shape for k, v in x.module["default_policy"].state_dict().items()} for x in (ours, theirs)]
+        assert shapes[0] == shapes[1]
+        episodes = blpo.env_runner.sample(num_timesteps=1280)
+        (scale,) = (c for c in ours._learner_connector.connectors if isinstance(c, RewardScale))
+        scale(batch={}, episodes=episodes)
+        rewards = np.concatenate([episode.get_rewards() for episode in episodes])
+        # Each episode is longer by one step, whose reward is 0.
+        batch = theirs._learner_connector(rl_module=theirs.module, batch={}, episodes=episodes, shared_data={})
+        scaled = batch["default_policy"]["rewards"].numpy()
+        np.testing.assert_allclose(scaled[scaled != 0], rewards / scale.scale("default_policy"), rtol=1e-5)
+        assert scale.scale("default_policy") != 1.0
+        names = [type(c) for c in theirs._learner_connector.connectors]
+        assert names.index(contestants.DivideRewards) == names.index(GeneralAdvantageEstimation) - 1
+    finally:
+        blpo.stop()
+        ppo.stop()
+
+
+def statistics(runner):
+    """How many observations a runner's filter has seen, and their mean."""
+    (found,) = runner._env_to_module.connectors[0]._filters.values()
+    return found.running_stats.num_pushes, found.running_stats.mean.copy()
+
+
+def test_evaluations_start_alike_and_leave_the_statistics_of_training_alone():
+    algo = contestant("inverted_double_pendulum", "ppo").build_algo()
+    try:
+        algo.evaluate()
+        algo.env_runner.sample(num_timesteps=640)
+        count, mean = statistics(algo.env_runner)
+        assert count > 640
+        first, second = (algo.evaluate()["env_runners"]["episode_return_mean"] for _ in range(2))
+        assert first == second
+        runner = algo.eval_env_runner
+        for other in (algo.env_runner, runner):
+            assert statistics(other)[0] == count
+            np.testing.assert_array_equal(statistics(other)[1], mean)
+        episodes = runner.sample_one_each(contestants.EVALUATION_SEED)
+        assert len(episodes) == contestants.EVALUATION_EPISODES
+        assert all(episode.is_done and episode.t_started == 0 for episode in episodes)
+    finally:
+        algo.stop()
+
+
+# End to end.
+
+
+def compare(output, *arguments):
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, ROOT / "benchmarks" / "compare.py", "--output", output, "--steps", "1024"]
+    command += ["--tasks", "cartpole", "--max-concurrent", "1", "--seeds", "1", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+
+
+def test_runs_end_to_end_and_only_once(tmp_path):
+    output = tmp_path / "compare"
+    assert compare(output, "--algorithms", "blpo").returncode == 0
+    first = pd.read_parquet(output / "runs.parquet")
+    assert list(first["env_steps"]) == sorted(first["env_steps"])
+    assert first["env_steps"].iloc[0] == 0
+    assert first["env_steps"].iloc[-1] >= 1024
+    assert first["evaluation_return"].notna().all()
+    assert compare(output, "--algorithms", "blpo", "ppo", "--resume").returncode == 0
+    both = pd.read_parquet(output / "runs.parquet")
+    assert set(both["algorithm"]) == {"blpo", "ppo"}
+    pd.testing.assert_frame_equal(both[both["algorithm"] == "blpo"].reset_index(drop=True), first)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.report(output, readme)
+    assert readme.read_text().startswith(f"before\n{report.BEGIN}\nRuns of ")
+    assert readme.read_text().endswith(f"{report.END}\nafter\n")
+    assert "hopper: blpo has 0 of 1 seeds" in (output / "report.md").read_text()
+
+
+def test_a_folder_takes_more_runs_but_none_of_another_kind(tmp_path):
+    def take(steps=1024, simulator="envpool", resume=True, tasks=("cartpole",)):
+        plan = compare_script.ComparePlan(dict.fromkeys(tasks, steps), ["blpo"], 1, simulator)
+        compare_script.take_folder(plan, tmp_path, resume)
+
+    take(resume=False)
+    with pytest.raises(ValueError, match="add --resume"):
+        take(resume=False)
+    for other in ({"steps": 2048}, {"simulator": "gymnasium"}):
+        with pytest.raises(ValueError, match="other steps or another simulator"):
+            take(**other)
+    take(tasks=("cartpole", "acrobot"))
+
+
+def test_order_is_by_task_and_then_by_seed():
+    plan = compare_script.ComparePlan({"cartpole": 1, "acrobot": 1}, ["blpo", "ppo_tuned"], 2, "envpool")
+    cartpole = [f"cartpole_{name}_seed{seed}" for seed in (0, 1) for name in ("blpo", "ppo_tuned")]
+    assert list(plan.trials()) == [*cartpole, "acrobot_blpo_seed0", "acrobot_blpo_seed1"]
+
+
+# The report's numbers.
+
+
+def made_up_runs(seeds, tasks=("cartpole", "hopper"), algorithms=("blpo", "ppo")):
+    generator = np.random.default_rng(0)
+    origin = dict.fromkeys(report.ORIGIN, "x")
+    rows = [
+        {
+            "task": task,
+            "algorithm": algorithm,
+            "seed": seed,
+            "env_steps": steps,
+            "seconds": steps / 100,
+            "cpu_seconds": steps / 100,
+            **origin,
+        }
+        | {"evaluation_return": 10.0 * (steps > 0) * (1 + (algorithm == "blpo")) + generator.normal()}
+        for task in tasks
+        for algorithm in algorithms
+        for seed in range(seeds[algorithm])
+        for steps in range(0, 1100, 100)
+    ]
+    return pd.DataFrame(rows)
+
+
+def curve(table, task, algorithm, seed):
+    chosen = table[(table["task"] == task) & (table["algorithm"] == algorithm) & (table["seed"] == seed)]
+    return chosen["evaluation_return"].to_numpy()
+
+
+def test_numbers_are_what_they_are_by_hand():
+    table = made_up_runs({"blpo": 6, "ppo": 5})
+    runs = report.Runs(table)
+    finals = {
+        (task, name): np.array([curve(table, task, name, seed)[-2:].mean() for seed in range(count)])
+        for task in ("cartpole", "hopper")
+        for name, count in (("blpo", 6), ("ppo", 5))
+    }
+    areas = [np.trapezoid(curve(table, "hopper", "blpo", seed), dx=0.1) for seed in range(6)]
+    np.testing.assert_allclose(runs.numbers("hopper", "blpo", report.final_return), finals["hopper", "blpo"])
+    np.testing.assert_allclose(runs.numbers("hopper", "blpo", report.area), areas)
+    starts = [curve(table, "hopper", name, s)[0] for name, count in (("blpo", 6), ("ppo", 5)) for s in range(count)]
+    best = max(finals["hopper", "blpo"].max(), finals["hopper", "ppo"].max())
+    score = (finals["hopper", "ppo"] - np.mean(starts)) / (best - np.mean(starts))
+    np.testing.assert_allclose(report.matrix(runs, ["hopper"], "ppo", report.final_return)[:, 0], score)
+    scores = report.matrix(runs, runs.tasks, "blpo", report.final_return)
+    point, low, high = report.estimate(scores, report.iqm)
+    assert scores.shape == (6, 2)
+    assert point == pytest.approx(trim_mean(scores.ravel(), 0.25))
+    assert low < point < high
+    assert report.improvement(runs, ["hopper"], "blpo")[0] == 1.0
+    assert report.improvement(runs, ["hopper"], "ppo") is None
+
+
+def test_probability_of_improvement_is_rliables():
+    generator = np.random.default_rng(0)
+    ours, theirs = generator.integers(0, 5, (6, 3)).astype(float), generator.integers(0, 5, (4, 3)).astype(float)
+    expected = rliable_probability_of_improvement(ours, theirs)
+    assert report.probability_of_improvement(ours, theirs) == pytest.approx(expected)
+
+
+def test_steps_to_reach_interpolate():
+    table = pd.DataFrame({"env_steps": [0, 100, 200], "evaluation_return": [0.0, 10.0, 30.0]})
+    assert report.steps_to_reach(table, 20.0) == 150.0
+    assert report.steps_to_reach(table, -1.0) == 0.0
+    assert report.steps_to_reach(table, 31.0) == math.inf
+
+
+def test_partial_results_are_reported_bit_for_bit(tmp_path):
+    table = made_up_runs({"blpo": 3, "ppo": 1, "nested_ppo": 2}, algorithms=("blpo", "ppo", "nested_ppo"))
+    table = table[~((table["algorithm"] == "nested_ppo") & (table["task"] == "hopper"))]
+    texts = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        table.sample(frac=1, random_state=len(texts)).to_parquet(folder / "runs.parquet")
+        report.report(folder)
+        texts.append((folder / "report.md").read_text())
+    assert texts[0] == texts[1]
+    assert "- hopper: nested_ppo has 0 of 3 seeds" in texts[0]
+    assert "- hopper: ppo has 1 of 3 seeds" in texts[0]
+
+
+def test_what_cannot_be_reported_says_why(tmp_path):
+    with pytest.raises(ValueError, match="has no runs: run benchmarks/compare.py"):
+        report.report(tmp_path)
+    with pytest.raises(ValueError, match="the README needs <!-- compare:begin -->"):
+        report.between_markers("nothing here", "table")
+
+
+def test_examples_of_all_tasks_are_those_of_train_py():
+    import train
+
+    assert set(contestants.TASKS) == set(train.EXAMPLES)
+    assert all(isinstance(contestants.example(task, "gymnasium"), BLPOConfig) for task in contestants.TASKS)

@@ -1,0 +1,23 @@
+"""BLPO on InvertedDoublePendulum-v5 with the default settings, on RLlib's normalised observations and scaled rewards.
+
+python tuned_examples/inverted_double_pendulum_blpo.py --stop-timesteps 1000000
+"""
+
+from ray.rllib.connectors.env_to_module import MeanStdFilter
+
+from blpo_rllib import BLPOConfig
+from blpo_rllib.example_script import run_example
+
+
+def config() -> BLPOConfig:
+    """The defaults: the reference has no settings of its own for this task."""
+    return (
+        BLPOConfig()
+        .environment("InvertedDoublePendulum-v5")
+        .env_runners(env_to_module_connector=lambda env, spaces, device: MeanStdFilter())
+        .training(normalize_rewards=True)
+    )
+
+
+if __name__ == "__main__":
+    run_example(config(), stop_reward=9000.0, stop_timesteps=1_000_000)

@@ -1,0 +1,23 @@
+"""BLPO on Walker2d-v5 with the reference's settings, on RLlib's normalised observations and scaled rewards.
+
+python tuned_examples/walker2d_blpo.py --stop-timesteps 1000000
+"""
+
+from ray.rllib.connectors.env_to_module import MeanStdFilter
+
+from blpo_rllib import BLPOConfig
+from blpo_rllib.example_script import run_example
+
+
+def config() -> BLPOConfig:
+    """The defaults, which are the reference's for continuous control; 3 nested steps, bound 0.8, cross clip 0.84."""
+    return (
+        BLPOConfig()
+        .environment("Walker2d-v5")
+        .env_runners(env_to_module_connector=lambda env, spaces, device: MeanStdFilter())
+        .training(num_critic_updates=3, hypergradient_bound=0.8, cross_clip_param=0.84, normalize_rewards=True)
+    )
+
+
+if __name__ == "__main__":
+    run_example(config(), stop_reward=4000.0, stop_timesteps=20_000_000)
