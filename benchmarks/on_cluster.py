@@ -1,6 +1,7 @@
 """The Hopper example on a cluster of three nodes against the same in one process: do they learn alike?
 
-    python benchmarks/on_cluster.py --seeds 0 1 2 --stop-timesteps 200000
+    python benchmarks/on_cluster.py --seeds 0 1 2 --stop-timesteps 120000
+    python benchmarks/on_cluster.py --seeds 3 4 --stop-timesteps 120000 --add
 
 The cluster is a head and two more nodes, each with processes of its own, on this machine (``ray.cluster_utils``):
 three EnvRunners and two learners, against a local EnvRunner and a local learner. Batch, minibatches and segments are
@@ -84,9 +85,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--stop-timesteps", type=int, default=200_000)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "on_cluster.json")
+    parser.add_argument("--add", action="store_true", help="keep the runs at --output, with other seeds")
     args = parser.parse_args()
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for name in ("one_process", "cluster"):
+    groups: dict[str, list[dict[str, Any]]] = {"one_process": [], "cluster": []}
+    if args.add:
+        kept = json.loads(args.output.read_text())
+        if kept["timesteps"] != args.stop_timesteps:
+            parser.error(f"{args.output} holds runs of {kept['timesteps']} steps, not {args.stop_timesteps}")
+        groups = kept["runs"]
+    for name in groups:
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2}) if name == "cluster" else None
         if cluster is not None:
             for _ in range(2):
@@ -94,7 +101,6 @@ def main() -> None:
             cluster.wait_for_nodes()
         address = "local" if cluster is None else cluster.address
         ray.init(address=address, include_dashboard=None if cluster else False, log_to_driver=False)
-        groups[name] = []
         for seed in args.seeds:
             groups[name].append(train(seed, cluster is not None, args.stop_timesteps))
             print(name, {k: v for k, v in groups[name][-1].items() if not isinstance(v, list)}, flush=True)
