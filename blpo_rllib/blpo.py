@@ -25,7 +25,8 @@ from ray.tune.result import TIME_TOTAL_S, TRAINING_ITERATION
 
 from blpo_rllib import checkpoints
 from blpo_rllib.core.curvature import CURVATURES, Curvature
-from blpo_rllib.core.ihvp import ConjugateGradient, Exact, IHVPSolver, Nystrom
+from blpo_rllib.core.hypergradient import CROSS_REDUCTIONS
+from blpo_rllib.core.ihvp import ConjugateGradient, Exact, IHVPSolver, Nystrom, ScaledIdentity
 from blpo_rllib.env_runner import BatchedEnvRunner
 from blpo_rllib.envpool import check_task, envpool_task
 from blpo_rllib.players import RLModulePlayers, check_module_class
@@ -42,6 +43,7 @@ IHVP_SOLVERS: dict[str, Callable[[BLPOConfig], IHVPSolver | None]] = {
     ),
     "cg": lambda config: ConjugateGradient(config.cg_iterations, config.cg_damping),
     "exact": lambda config: Exact(config.exact_damping),
+    "scaled_identity": lambda config: ScaledIdentity(config.scaled_identity_damping),
     "none": lambda config: None,
 }
 
@@ -70,6 +72,7 @@ class BLPOConfig(PPOConfig):
     cg_iterations: int
     cg_damping: float
     exact_damping: float
+    scaled_identity_damping: float
     env_runner_cls: type | None
 
     def __init__(self, algo_class: type[Algorithm] | None = None):
@@ -101,6 +104,7 @@ class BLPOConfig(PPOConfig):
         self.curvature: str | type[Curvature] = "hessian"
         self.hypergradient_bound: float | None = 1.0
         self.cross_clip_param: float | None = 1.0
+        self.cross_reduction = "sum"
         self.nystrom_rank = 5
         self.nystrom_damping = 50.0
         self.nystrom_core_shift = 1.0
@@ -108,6 +112,7 @@ class BLPOConfig(PPOConfig):
         self.cg_iterations = 20
         self.cg_damping = 0.0
         self.exact_damping = 50.0
+        self.scaled_identity_damping = 50.0
         self.native_kernels = True
 
     @override(PPOConfig)
@@ -124,6 +129,7 @@ class BLPOConfig(PPOConfig):
         curvature: str | type[Curvature] = NotProvided,
         hypergradient_bound: float | None = NotProvided,
         cross_clip_param: float | None = NotProvided,
+        cross_reduction: str = NotProvided,
         nystrom_rank: int = NotProvided,
         nystrom_damping: float = NotProvided,
         nystrom_core_shift: float = NotProvided,
@@ -131,6 +137,7 @@ class BLPOConfig(PPOConfig):
         cg_iterations: int = NotProvided,
         cg_damping: float = NotProvided,
         exact_damping: float = NotProvided,
+        scaled_identity_damping: float = NotProvided,
         native_kernels: bool = NotProvided,
         **kwargs: Any,
     ) -> Self:
@@ -147,14 +154,16 @@ class BLPOConfig(PPOConfig):
             normalize_rewards: Divide rewards by the running standard deviation of the discounted return, in training
                 batches only.
             hypergradient: How the inverse-Hessian-vector product is computed: "nystrom", "cg", "exact" (dense, small
-                critics only), or an :class:`~blpo_rllib.core.ihvp.IHVPSolver`. "none" leaves the correction out:
-                nested PPO.
+                critics only), "scaled_identity" (v/ρ, no curvature), or an
+                :class:`~blpo_rllib.core.ihvp.IHVPSolver`. "none" leaves the correction out: nested PPO.
             curvature: The follower's curvature: "hessian", "gauss_newton" (positive semi-definite), or a
                 :class:`~blpo_rllib.core.curvature.Curvature` class.
             hypergradient_bound: b >= 0: the correction is scaled down to at most b times the norm of the actor's
                 gradient. None: no bound.
             cross_clip_param: ε_F >= 0, the clip width of the ratio inside the cross term, for Box actions. None: no
                 clip, as always for other actions.
+            cross_reduction: "sum" of the cross term over the minibatch's steps, as published, or "mean", as in the
+                losses that it belongs to.
             nystrom_rank: k >= 1, at most the number of critic parameters.
             nystrom_damping: ρ > 0.
             nystrom_core_shift: δ, added to the diagonal of the Nyström core; 0 is the textbook formula.
@@ -162,6 +171,7 @@ class BLPOConfig(PPOConfig):
             cg_iterations: Conjugate-gradient steps, >= 1.
             cg_damping: ρ >= 0 of the conjugate-gradient solver.
             exact_damping: ρ >= 0 of the exact solver.
+            scaled_identity_damping: ρ > 0 of the solver without curvature.
             native_kernels: Take perceptrons on a CPU through compiled kernels, built once per machine with g++ (without
                 one: a warning, and torch operations instead). They give way to ``torch_compile_learner``.
             **kwargs: PPO's and RLlib's own arguments. ``minibatch_size`` counts steps and should be a multiple of the
@@ -275,6 +285,9 @@ class BLPOConfig(PPOConfig):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or value < 0):
                 self._value_error(f"{name}={value!r} must be a number >= 0, or None for none")
+        if self.cross_reduction not in CROSS_REDUCTIONS:
+            names = " or ".join(map(repr, CROSS_REDUCTIONS))
+            self._value_error(f"cross_reduction={self.cross_reduction!r} must be {names}")
         if self.hypergradient_bound == 0:
             self._value_error(
                 "hypergradient_bound=0 computes the correction and throws it away: "

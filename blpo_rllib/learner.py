@@ -267,7 +267,9 @@ class BLPOTorchLearner(PPOTorchLearner):
                 kl_coeff=float(self.curr_kl_coeffs_per_module[module_id]) if config.use_kl_loss else None,
             ),
             grad_clip=config.grad_clip,
-            correction=Correction(self._cross_clip(module_id, config), config.hypergradient_bound),
+            correction=Correction(
+                self._cross_clip(module_id, config), config.hypergradient_bound, config.cross_reduction
+            ),
         )
 
     def _cross_clip(self, module_id: str, config: Any) -> float | None:

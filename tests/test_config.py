@@ -13,7 +13,7 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 
 from blpo_rllib import BLPOConfig
 from blpo_rllib.core.curvature import GaussNewton
-from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom
+from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom, ScaledIdentity
 from blpo_rllib.learner import BLPOTorchLearner
 
 
@@ -62,6 +62,7 @@ def test_training_sets_its_own_fields_and_passes_the_others_on():
     solver = Exact(2.0)
     assert config().training(hypergradient=solver).get_ihvp_solver() is solver
     assert config().training(hypergradient="none").get_ihvp_solver() is None
+    assert isinstance(config().training(hypergradient="scaled_identity").get_ihvp_solver(), ScaledIdentity)
 
 
 def test_search_spaces_and_round_trips():
@@ -79,11 +80,13 @@ def test_search_spaces_and_round_trips():
         ({"adam_epsilon": 0.0}, "adam_epsilon=0.0"),
         ({"num_critic_updates": 0}, "num_critic_updates=0 must be an integer >= 1"),
         ({"num_epochs": 0}, "num_epochs=0"),
-        ({"hypergradient": "newton"}, "hypergradient='newton' must be one of 'nystrom', 'cg', 'exact', 'none'"),
+        ({"hypergradient": "newton"}, "'newton' must be one of 'nystrom', 'cg', 'exact', 'scaled_identity', 'none'"),
         ({"curvature": "fisher"}, "curvature='fisher' must be one of 'hessian', 'gauss_newton'"),
         ({"hypergradient_bound": -1}, "hypergradient_bound=-1 must be a number >= 0"),
         ({"hypergradient_bound": 0}, 'use hypergradient="none"'),
         ({"cross_clip_param": -0.1}, "cross_clip_param=-0.1"),
+        ({"cross_reduction": "max"}, "cross_reduction='max' must be 'sum' or 'mean'"),
+        ({"hypergradient": "scaled_identity", "scaled_identity_damping": 0}, "scaled_identity_damping=0"),
         ({"nystrom_rank": 0}, "nystrom_rank=0 must be an integer >= 1"),
         ({"nystrom_damping": 0.0}, "nystrom_damping=0.0 must be a finite number > 0"),
         ({"nystrom_core_shift": float("inf")}, "nystrom_core_shift=inf"),

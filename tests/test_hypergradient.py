@@ -9,6 +9,7 @@ from torch import nn
 from blpo_rllib.core.curvature import Hessian
 from blpo_rllib.core.gae import BlockwiseAdvantage, Masks
 from blpo_rllib.core.hypergradient import (
+    CROSS_REDUCTIONS,
     Correction,
     LeaderLoss,
     Surrogate,
@@ -98,16 +99,18 @@ def test_entropy_and_kl_enter_the_actor_gradient_only(problem):
 
 
 @pytest.mark.parametrize("clip", [None, 0.3])
-def test_mixed_product_is_the_derivative_of_the_cross_gradient(problem, clip):
+@pytest.mark.parametrize("reduction", CROSS_REDUCTIONS)
+def test_mixed_product_is_the_derivative_of_the_cross_gradient(problem, clip, reduction):
     players, batch, loss = problem
     adv = batch.advantage.advantages(batch.rewards, loss.critic.values.view_as(batch.step))
     actor, x = actor_of(players, batch), torch.randn(loss.critic.num_parameters, dtype=FLOAT64)
     surrogate = Surrogate.clipped(log_probability_ratio(batch, actor.logp), adv, LEADER.clip)
-    product = mixed_product(actor, loss, batch, adv, surrogate, x, clip)
+    product = mixed_product(actor, loss, batch, adv, surrogate, x, Correction(clip, None, reduction))
+    weights = batch.step if reduction == "sum" else batch.step / batch.step.sum()
     w, theta = vectors(players)
 
     def cross_gradient(w):
-        value = surrogate_sum(players, batch, w, theta, loss.targets, clip, -2 * batch.step)
+        value = surrogate_sum(players, batch, w, theta, loss.targets, clip, -2 * weights)
         return torch.autograd.grad(value, theta)[0]
 
     h = 1e-6

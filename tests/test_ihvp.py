@@ -6,7 +6,7 @@ import torch
 from problems import FLOAT64, SmallPlayers, critic_loss, random_batch
 
 from blpo_rllib.core.curvature import Curvature, GaussNewton, Hessian
-from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom
+from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom, ScaledIdentity
 from blpo_rllib.core.networks import Coordinates
 from blpo_rllib.core.reduction import Reduction
 
@@ -107,6 +107,12 @@ def test_exact(hessian, dense, v):
     check(x, torch.linalg.solve(dense + 0.1 * torch.eye(len(v), dtype=FLOAT64), v))
 
 
+def test_scaled_identity_is_the_limit_of_large_damping(hessian, v):
+    x = solve(ScaledIdentity(1e6), hessian, v, generator())
+    check(x, solve(Exact(1e6), hessian, v, generator()), rtol=1e-4)
+    assert torch.equal(x, v / 1e6)
+
+
 def test_conjugate_gradient_on_gauss_newton(v):
     curvature = GaussNewton(critic_loss(SmallPlayers(), random_batch()), Reduction())
     dense = curvature.rows(all_columns(curvature)) + 0.5 * torch.eye(len(v), dtype=FLOAT64)
@@ -132,6 +138,7 @@ def test_conjugate_gradient_stops_at_the_solution():
         (lambda: ConjugateGradient(iterations=0), "cg_iterations=0"),
         (lambda: ConjugateGradient(damping=-1), "cg_damping=-1 must be a finite number >= 0"),
         (lambda: Exact(damping=-1), "exact_damping=-1"),
+        (lambda: ScaledIdentity(damping=0), "scaled_identity_damping=0 must be a finite number > 0"),
         (lambda: Nystrom(rank=10).check_size(9), "nystrom_rank=10 exceeds the critic's 9 parameters"),
         (lambda: Exact(max_size=5).check_size(9), "up to 5 parameters, this one has 9"),
     ],

@@ -22,7 +22,7 @@ from wandb_files import Run
 
 from blpo_rllib import checkpoints
 from blpo_rllib.core.curvature import Hessian
-from blpo_rllib.core.fidelity import compare_with_exact
+from blpo_rllib.core.fidelity import Oracle
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss
 from blpo_rllib.core.ihvp import Exact, Nystrom
 from blpo_rllib.core.minibatch import UpdateSettings
@@ -158,7 +158,7 @@ def fidelity(solver, seed=0):
     torch.manual_seed(seed)
     players, batch = SmallPlayers(by_hand=True), random_batch()
     settings = UpdateSettings(1, 1, LeaderLoss(0.2), None, Correction(None, 1.0))
-    return compare_with_exact(players, batch, settings, Hessian, solver, 1e-2, np.random.default_rng(0))
+    return Oracle(players, batch, settings, Hessian).compare(solver, 1e-2, np.random.default_rng(0))
 
 
 def test_the_exact_solver_is_exact():

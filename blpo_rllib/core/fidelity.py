@@ -54,64 +54,84 @@ class _Known(Exact):
         return [self._matrix.clone()]
 
 
-def compare_with_exact(
-    players: Players,
-    segments: SegmentBatch,
-    settings: UpdateSettings,
-    curvature: type[Curvature],
-    solver: IHVPSolver,
-    reference_damping: float,
-    generator: np.random.Generator,
-    draws: int = 5,
-) -> Fidelity:
-    """Compares a solver with the dense solution. Nothing is changed: no optimizer, no generator but ``generator``.
+class Oracle:
+    """The hypergradient of one batch at one (θ, w) by any solver, the dense solution included.
+
+    Nothing is changed: no optimizer, no generator but those given.
 
     Args:
         players: Actor and critic at θ and w.
         segments: The batch, as one minibatch.
         settings: Objective, clip and bound of the hypergradient.
         curvature: Class of the follower's curvature.
-        solver: What to judge, as it is before its first draw.
-        reference_damping: ρ of the exact hypergradient that stands for the undamped one, which an indefinite H
-            leaves undefined.
-        generator: Draws the solver's coordinates.
-        draws: How often to draw them.
 
-    Returns:
-        Means over the draws.
+    Attributes:
+        matrix: H in float64, [p, p].
 
     Raises:
         ValueError: If the critic is too large for a dense solution.
     """
-    size = sum(p.numel() for p in players.critic_parameters)
-    Exact().check_size(size)
-    batch = _minibatch(players, segments)
-    loss = CriticLoss(players.critic(batch.obs), batch.targets.flatten(), batch.weights.flatten())
-    actor = players.actor(batch.obs, batch.actions, None if settings.leader.kl_coeff is None else batch.old_dist_inputs)
-    reduction = Reduction()
-    h = curvature(loss, reduction)
-    matrix = h.rows(players.columns(np.arange(size))).double()
 
-    def at(s: IHVPSolver) -> Hypergradient:
-        indices = s.draw(size, generator)
-        columns = None if indices is None else players.columns(indices)
-        return hypergradient(actor, loss, segments, settings.leader, settings.correction, s, h, columns, reduction)
-
-    exact, reference = at(_Known(matrix, solver.damping)), at(_Known(matrix, reference_damping))
-    found = []
-    for _ in range(draws):
-        # A copy each time: a solver may keep its first draw.
-        result = at(copy.deepcopy(solver))
-        found.append(
-            [
-                cosine(result.ihvp, exact.ihvp),
-                solver.relative_residual(h, result.grad_critic, result.ihvp),
-                cosine(result.mixed_product, exact.mixed_product),
-                cosine(result.direction, exact.direction),
-                cosine(result.direction, reference.direction),
-            ]
+    def __init__(self, players: Players, segments: SegmentBatch, settings: UpdateSettings, curvature: type[Curvature]):
+        self._size = sum(p.numel() for p in players.critic_parameters)
+        Exact().check_size(self._size)
+        batch, leader = _minibatch(players, segments), settings.leader
+        self._players, self._segments, self._settings = players, segments, settings
+        self._loss = CriticLoss(players.critic(batch.obs), batch.targets.flatten(), batch.weights.flatten())
+        self._actor = players.actor(
+            batch.obs, batch.actions, None if leader.kl_coeff is None else batch.old_dist_inputs
         )
-    return Fidelity(*(float(x) for x in np.mean(found, axis=0)))
+        self._reduction = Reduction()
+        self._curvature = curvature(self._loss, self._reduction)
+        self.matrix = self._curvature.rows(players.columns(np.arange(self._size))).double()
+        self._exact: dict[float, Hypergradient] = {}
+
+    def at(self, solver: IHVPSolver, generator: np.random.Generator) -> Hypergradient:
+        """The hypergradient by ``solver``, which draws its coordinates from ``generator``."""
+        indices = solver.draw(self._size, generator)
+        columns = None if indices is None else self._players.columns(indices)
+        leader, correction = self._settings.leader, self._settings.correction
+        return hypergradient(
+            *(self._actor, self._loss, self._segments, leader, correction, solver),
+            *(self._curvature, columns, self._reduction),
+        )
+
+    def exact(self, damping: float) -> Hypergradient:
+        """The hypergradient by the dense solution at ρ = ``damping``."""
+        if damping not in self._exact:
+            self._exact[damping] = self.at(_Known(self.matrix, damping), np.random.default_rng())
+        return self._exact[damping]
+
+    def compare(
+        self, solver: IHVPSolver, reference_damping: float, generator: np.random.Generator, draws: int = 5
+    ) -> Fidelity:
+        """Compares a solver with the dense solution.
+
+        Args:
+            solver: What to judge, as it is before its first draw.
+            reference_damping: ρ of the exact hypergradient that stands for the undamped one, which an indefinite H
+                leaves undefined.
+            generator: Draws the solver's coordinates.
+            draws: How often to draw them.
+
+        Returns:
+            Means over the draws.
+        """
+        exact, reference = self.exact(solver.damping), self.exact(reference_damping)
+        found = []
+        for _ in range(draws):
+            # A copy each time: a solver may keep its first draw.
+            result = self.at(copy.deepcopy(solver), generator)
+            found.append(
+                [
+                    cosine(result.ihvp, exact.ihvp),
+                    solver.relative_residual(self._curvature, result.grad_critic, result.ihvp),
+                    cosine(result.mixed_product, exact.mixed_product),
+                    cosine(result.direction, exact.direction),
+                    cosine(result.direction, reference.direction),
+                ]
+            )
+        return Fidelity(*(float(x) for x in np.mean(found, axis=0)))
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -49,6 +49,10 @@ class AdvantageOperator(ABC):
         """The operators of these segments in another order (int64)."""
         return self._of_tensors([x[order] for x in self._tensors])
 
+    def to(self, dtype: torch.dtype) -> Self:
+        """The operators in another precision."""
+        return self._of_tensors([x.to(dtype) for x in self._tensors])
+
     def split(self, size: int) -> list[Self]:
         """The operators of consecutive batches of ``size`` segments each."""
         return [self._of_tensors(part) for part in zip(*(x.split(size) for x in self._tensors), strict=True)]

@@ -75,10 +75,15 @@ class Correction:
     Attributes:
         cross_clip: ε_F, the clip width inside the cross term; None for no clip, as for discrete actions.
         bound: b: the correction is scaled down to ‖mixed‖ <= b ‖g_θ‖; None for no bound.
+        cross_reduction: "sum" over steps, as published, or "mean", as in the losses J and L.
     """
 
     cross_clip: float | None
     bound: float | None
+    cross_reduction: str = "sum"
+
+
+CROSS_REDUCTIONS = ("sum", "mean")
 
 
 @dataclass(frozen=True)
@@ -142,16 +147,17 @@ def mixed_product(
     adv: Tensor,
     surrogate: Surrogate,
     ihvp: Tensor,
-    cross_clip: float | None,
+    correction: Correction,
 ) -> Tensor:
     r"""This process's term of ∇²_θw L · x = d/dw [∇_θ S] · x.
 
-    S(θ, w) = −2 Σ_t s_t(θ, adv(w)) (y_t − V_t(w)), over all steps, estimates the dependence of the critic's loss on θ
-    by a score-function trick; it is a sum over t, not a mean.
+    S(θ, w) = −2 Σ_t c_t s_t(θ, adv(w)) (y_t − V_t(w)) estimates the dependence of the critic's loss on θ by a
+    score-function trick. As published c_t = 1 on steps, a sum; for a mean it is m_t.
     """
-    score = -2 * batch.step * surrogate.ratio
-    if cross_clip is not None:
-        score = score * surrogate.with_clip(adv, cross_clip).active
+    weights = batch.step if correction.cross_reduction == "sum" else loss.weights.view_as(batch.step)
+    score = -2 * weights * surrogate.ratio
+    if correction.cross_clip is not None:
+        score = score * surrogate.with_clip(adv, correction.cross_clip).active
     delta_values = loss.critic.jvp(ihvp).view_as(adv)
     delta_adv = batch.advantage.tangent(delta_values)
     residual = (loss.targets - loss.critic.values).view_as(adv)
@@ -200,7 +206,7 @@ def hypergradient(
     own_terms = solver.local_terms(curvature, columns)
     grad_actor, grad_critic, *terms = reduction.sum_all([own_grad_actor, own_grad_critic, *own_terms])
     ihvp = solver.solve(curvature, grad_critic, columns, terms)
-    product = reduction.sum(mixed_product(actor, loss, batch, adv, surrogate, ihvp, correction.cross_clip))
+    product = reduction.sum(mixed_product(actor, loss, batch, adv, surrogate, ihvp, correction))
     norms = torch.linalg.vector_norm(product), torch.linalg.vector_norm(grad_actor)
     scale = bound_scale(*norms, correction.bound)
     # nan_to_num: 0 · ∞ is not 0.

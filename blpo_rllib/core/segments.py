@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import torch
 import tree
 from torch import Tensor
 
@@ -196,6 +197,11 @@ class SegmentBatch:
         """These segments in another order (int64 [M])."""
         tensors = tree.map_structure(lambda x: x[order], self._tensors)
         return SegmentBatch(**tensors, advantage=self.advantage.permuted(order))
+
+    def to(self, dtype: torch.dtype) -> SegmentBatch:
+        """These segments with their floating-point numbers in another precision."""
+        tensors = tree.map_structure(lambda x: x.to(dtype) if x.is_floating_point() else x, self._tensors)
+        return SegmentBatch(**tensors, advantage=self.advantage.to(dtype))
 
     def split(self, size: int) -> list[SegmentBatch]:
         """Consecutive batches of ``size`` segments each, as views; ``size`` divides M."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -16,7 +17,9 @@ from ray.rllib.core.learner.training_data import TrainingData
 
 from blpo_rllib import checkpoints
 from blpo_rllib.blpo import BLPO
-from blpo_rllib.core.fidelity import Fidelity, compare_with_exact
+from blpo_rllib.core.fidelity import Fidelity, Oracle
+from blpo_rllib.core.minibatch import UpdateSettings
+from blpo_rllib.core.segments import SegmentBatch
 from blpo_rllib.players import RLModulePlayers
 from blpo_rllib.sweep.plan import DAMPING, SweepPlan
 from blpo_rllib.sweep.records import FINISHED, TrialFiles, write_whole
@@ -68,30 +71,38 @@ def _measure(checkpoint: str, reference_damping: float) -> dict[str, float]:
         algo.stop()
 
 
-def fidelity_of(algo: Any, reference_damping: float, timesteps: int | None = None) -> Fidelity:
+def fidelity_of(algo: Any, reference_damping: float) -> Fidelity:
     """Compares an algorithm's solver with the exact one, on fresh steps of its own policy.
 
     Args:
+        algo: See :func:`problem_of`.
+        reference_damping: See :meth:`~blpo_rllib.core.fidelity.Oracle.compare`.
+    """
+    solver = algo.config.get_ihvp_solver()
+    if solver is None:
+        raise ValueError('hypergradient="none" leaves nothing to compare with the exact hypergradient')
+    oracle = Oracle(*problem_of(algo), algo.config.get_curvature())
+    return oracle.compare(solver, reference_damping, np.random.default_rng(algo.config.seed or 0))
+
+
+def problem_of(algo: Any) -> tuple[RLModulePlayers, SegmentBatch, UpdateSettings]:
+    """Copies of an algorithm's players, a fresh batch of their own policy, and its settings, in float64.
+
+    Args:
         algo: A BLPO algorithm of one module with a local EnvRunner and learner.
-        reference_damping: See :func:`~blpo_rllib.core.fidelity.compare_with_exact`.
-        timesteps: Steps to sample; None for the algorithm's batch size.
     """
     config, learner = algo.config, algo.learner_group._learner
-    episodes = algo.env_runner.sample(num_timesteps=timesteps or config.total_train_batch_size)
-    (batch,) = learner._create_iterator_if_necessary(training_data=TrainingData(episodes=episodes))
+    episodes = algo.env_runner.sample(num_timesteps=config.total_train_batch_size)
+    (batch,) = learner._create_iterator_if_necessary(
+        training_data=TrainingData(episodes=episodes), minibatch_size=config.minibatch_size
+    )
     columns = {
         name: value if isinstance(value, dict) else torch.as_tensor(value)
         for name, value in batch.policy_batches[DEFAULT_MODULE_ID].items()
     }
-    solver = config.get_ihvp_solver()
-    if solver is None:
-        raise ValueError('hypergradient="none" leaves nothing to compare with the exact hypergradient')
-    return compare_with_exact(
-        RLModulePlayers(learner.module[DEFAULT_MODULE_ID].unwrapped(), DEFAULT_MODULE_ID, kernels=learner._kernels),
-        learner._segment_batch(DEFAULT_MODULE_ID, columns, config),
+    module = copy.deepcopy(learner.module[DEFAULT_MODULE_ID].unwrapped()).double()
+    return (
+        RLModulePlayers(module, DEFAULT_MODULE_ID, kernels=learner._kernels),
+        learner._segment_batch(DEFAULT_MODULE_ID, columns, config).to(torch.float64),
         learner._settings(DEFAULT_MODULE_ID, config),
-        config.get_curvature(),
-        solver,
-        reference_damping,
-        np.random.default_rng(config.seed or 0),
     )

@@ -4,5 +4,6 @@ from blpo_rllib.core.ihvp.base import IHVPSolver
 from blpo_rllib.core.ihvp.conjugate_gradient import ConjugateGradient
 from blpo_rllib.core.ihvp.exact import Exact
 from blpo_rllib.core.ihvp.nystrom import Nystrom
+from blpo_rllib.core.ihvp.scaled_identity import ScaledIdentity
 
-__all__ = ["ConjugateGradient", "Exact", "IHVPSolver", "Nystrom"]
+__all__ = ["ConjugateGradient", "Exact", "IHVPSolver", "Nystrom", "ScaledIdentity"]
