@@ -20,7 +20,7 @@ import json
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -203,23 +203,33 @@ def calibrate(runners: list[dict], learners: list[dict]) -> Costs:
     )
 
 
-def show_model(costs: Costs, console: Console) -> list[dict]:
+def show_models(costs: Costs, learner_speedup: float, console: Console) -> dict[str, list[dict]]:
+    """The model for these costs, and for learners that compute faster by a factor."""
+    faster = replace(costs, compute=costs.fixed + (costs.compute - costs.fixed) / learner_speedup)
+    title = f"model, not measured: learners' arithmetic {learner_speedup:g} times as fast"
+    return {
+        "model": show_model(costs, "model, not measured", console),
+        "model_faster_learners": show_model(faster, title, console),
+    }
+
+
+def show_model(costs: Costs, title: str, console: Console) -> list[dict]:
     """T's parts for clusters of several sizes: 640 steps per EnvRunner and iteration, 32 minibatches x 4 epochs."""
     rows = []
     for runners in (10, 100, 1000):
         for learners in (1, 4, 16):
             steps = 640 * runners
-            parts = iteration_parts(costs, runners, learners, steps, 4 * NUM_MINIBATCHES)
-            # Minibatches grow with the batch, and compute with them.
-            scale = steps / (SHAPE.num_envs * SHAPE.length)
-            parts["compute"] *= max(1.0, scale)
+            # Minibatches grow with the batch, and with them what is not fixed of a learner's time.
+            scale = max(1.0, steps / (SHAPE.num_envs * SHAPE.length))
+            larger = replace(costs, compute=costs.fixed + scale * (costs.compute - costs.fixed))
+            parts = iteration_parts(larger, runners, learners, steps, 4 * NUM_MINIBATCHES)
             total = sum(parts.values())
             rows.append(
                 {"env_runners": runners, "learners": learners, "env_steps_per_s": round(steps / total)}
                 | {name: f"{100 * seconds / total:.0f} %" for name, seconds in parts.items()}
                 | {"bottleneck": max(parts, key=lambda name: parts[name])}
             )
-    table = Table(*rows[0], title="model, not measured")
+    table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*map(str, row.values()))
     console.print(table)
@@ -232,8 +242,20 @@ def main() -> None:
     parser.add_argument("--num-env-runners", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--num-learners", type=int, nargs="+", default=[2])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--learner-speedup",
+        type=float,
+        default=20.0,
+        help="also show the model for learners whose arithmetic is so much faster, as a GPU's may be: an assumption",
+    )
+    parser.add_argument(
+        "--costs-from", type=Path, metavar="JSON", help="only show the model, for an earlier run's costs"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "scaling.json")
     args = parser.parse_args()
+    if args.costs_from:
+        show_models(Costs(**json.loads(args.costs_from.read_text())["costs"]), args.learner_speedup, Console())
+        return
     torch.set_num_threads(1)
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     console = Console()
@@ -244,9 +266,9 @@ def main() -> None:
         console.print(row)
     costs = calibrate(runners, learners)
     console.print(costs)
-    model = show_model(costs, console)
-    report = {**provenance(), "env": args.env, "runners": runners, "learners": learners}
-    args.output.write_text(json.dumps({**report, "costs": asdict(costs), "model": model}, indent=2) + "\n")
+    report = {**provenance(), "env": args.env, "runners": runners, "learners": learners, "costs": asdict(costs)}
+    models = show_models(costs, args.learner_speedup, console)
+    args.output.write_text(json.dumps({**report, **models}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
