@@ -47,8 +47,7 @@ RUN_METRICS = {
     "throughput/iteration_seconds": TIME_THIS_ITER_S,
     "throughput/sampling_seconds": f"{TIMERS}/{ENV_RUNNER_SAMPLING_TIMER}",
     UPDATE_SECONDS: f"{TIMERS}/{LEARNER_UPDATE_TIMER}",
-    # Population based training changes them on the way.
-    "bilevel/damping": "config/nystrom_damping",
+    # Population based training changes it on the way.
     "bilevel/bound": "config/hypergradient_bound",
     "faults/healthy_env_runners": f"{FAULT_TOLERANCE_STATS}/num_healthy_workers",
     "faults/env_runner_restarts": f"{FAULT_TOLERANCE_STATS}/num_remote_worker_restarts",
@@ -66,6 +65,7 @@ LEARNER_METRICS = {
         "mixed_grad_cosine",
         "bound_active_fraction",
         "ihvp_relative_residual",
+        "damping",
     ),
     "policy": (
         "policy_loss",

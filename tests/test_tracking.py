@@ -30,10 +30,16 @@ RESULT = {
     },
     "learners": {
         "__all_modules__": {"entropy": 9.0},
-        "default_policy": {"mixed_norm": 0.5, "entropy": 0.6, "mixed_grad_cosine": float("nan"), "other": 1.0},
+        "default_policy": {
+            "damping": 0.1,
+            "mixed_norm": 0.5,
+            "entropy": 0.6,
+            "mixed_grad_cosine": float("nan"),
+            "x": 1.0,
+        },
         "second": {"mixed_norm": 0.7},
     },
-    "config": {"nystrom_damping": 0.1, "hypergradient_bound": None},
+    "config": {"hypergradient_bound": None},
 }
 
 

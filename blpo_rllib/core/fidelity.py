@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,15 +98,21 @@ def compare_with_exact(
         columns = None if indices is None else players.columns(indices)
         return hypergradient(actor, loss, segments, settings.leader, settings.correction, s, h, columns, reduction)
 
-    exact, reference = at(_Known(matrix, solver.damping)), at(_Known(matrix, reference_damping))
-    found = []
+    @functools.cache
+    def exact_at(damping: float) -> Hypergradient:
+        return at(_Known(matrix, damping))
+
+    found, reference = [], exact_at(reference_damping)
     for _ in range(draws):
         # A copy each time: a solver may keep its first draw.
-        result = at(copy.deepcopy(solver))
+        own = copy.deepcopy(solver)
+        result = at(own)
+        # At the damping of this draw, which a solver may choose.
+        exact = exact_at(float(own.damping))
         found.append(
             [
                 cosine(result.ihvp, exact.ihvp),
-                solver.relative_residual(h, result.grad_critic, result.ihvp),
+                float(own.relative_residual(h, result.grad_critic, result.ihvp)),
                 cosine(result.mixed_product, exact.mixed_product),
                 cosine(result.direction, exact.direction),
                 cosine(result.direction, reference.direction),

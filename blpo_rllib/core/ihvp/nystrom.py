@@ -17,7 +17,7 @@ from blpo_rllib.core.networks import Coordinates
 class Nystrom(IHVPSolver):
     r"""Inverts a rank-k model of H, :math:`\hat H = C^\top (M + \delta I)^{-1} C`, by Woodbury's identity:
 
-    .. math::  x = (\hat H + \rho I)^{-1} v = v/\rho - C^\top (M + \delta I + C C^\top/\rho)^{-1} C v / \rho^2
+    .. math::  x = (\hat H + \rho I)^{-1} v = (v - C^\top (C C^\top + \rho (M + \delta I))^{-1} C v) / \rho
 
     with C = H[K, :] (k×p) for k random coordinates K, and M = C[:, K] (k×k). With k = p and δ = 0 it is exact.
 
@@ -58,13 +58,16 @@ class Nystrom(IHVPSolver):
 
     def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None, terms: Sequence[Tensor]) -> Tensor:
         assert columns is not None
-        (c,), rho = terms, self.damping
-        # M + δI + C Cᵀ/ρ
-        core = torch.addmm(c.index_select(1, columns.index), c, c.T, alpha=1 / rho)
+        (c,) = terms
+        # solve_ex: a singular matrix gives non-finite numbers, which the caller catches, instead of a device sync.
+        y, _ = torch.linalg.solve_ex(torch.addmm(self.damping * self._core(c, columns), c, c.T), c @ v)
+        return torch.addmv(v, c.T, y, alpha=-1) / self.damping
+
+    def _core(self, c: Tensor, columns: Coordinates) -> Tensor:
+        """M + δI, [k, k]."""
+        core = c.index_select(1, columns.index)
         core.diagonal().add_(self.core_shift)
-        # solve_ex: a singular core gives non-finite numbers, which the caller catches, instead of a device sync.
-        y, _ = torch.linalg.solve_ex(core, c @ v)
-        return torch.addmv(v, c.T, y, beta=1 / rho, alpha=-1 / rho**2)
+        return core
 
     def get_state(self) -> dict[str, Any]:
         return {"columns": self.columns}
