@@ -56,8 +56,7 @@ RUN_METRICS = {
     EVALUATION_SECONDS: f"{TIMERS}/{EVALUATION_ITERATION_TIMER}",
     CPU_SECONDS: CPU_SECONDS_TOTAL,
     UPDATE_SECONDS: f"{TIMERS}/{LEARNER_UPDATE_TIMER}",
-    # Population based training changes them on the way.
-    "bilevel/damping": "config/nystrom_damping",
+    # Population based training changes it on the way.
     "bilevel/bound": "config/hypergradient_bound",
     "faults/healthy_env_runners": f"{FAULT_TOLERANCE_STATS}/num_healthy_workers",
     "faults/env_runner_restarts": f"{FAULT_TOLERANCE_STATS}/num_remote_worker_restarts",
@@ -75,6 +74,7 @@ LEARNER_METRICS = {
         "mixed_grad_cosine",
         "bound_active_fraction",
         "ihvp_relative_residual",
+        "damping",
     ),
     "policy": (
         "policy_loss",

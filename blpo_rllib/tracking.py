@@ -225,7 +225,9 @@ class InBackground(LoggerCallback):
         self._put(self._inner.log_trial_save, trial)
 
     def log_trial_result(self, iteration: int, trial: Trial, result: dict[str, Any]) -> None:
-        self._put(self._inner.log_trial_result, iteration, trial, result)
+        # A copy: Tune adds to a result after its callbacks have it (ray/tune/experiment/trial.py, update_last_result),
+        # and a dictionary that grows while the logger goes through it costs the row.
+        self._put(self._inner.log_trial_result, iteration, trial, dict(result))
 
     def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
         self._put(self._inner.log_trial_end, trial, failed)

@@ -30,10 +30,16 @@ RESULT = {
     },
     "learners": {
         "__all_modules__": {"entropy": 9.0},
-        "default_policy": {"mixed_norm": 0.5, "entropy": 0.6, "mixed_grad_cosine": float("nan"), "other": 1.0},
+        "default_policy": {
+            "damping": 0.1,
+            "mixed_norm": 0.5,
+            "entropy": 0.6,
+            "mixed_grad_cosine": float("nan"),
+            "x": 1.0,
+        },
         "second": {"mixed_norm": 0.7},
     },
-    "config": {"nystrom_damping": 0.1, "hypergradient_bound": None},
+    "config": {"hypergradient_bound": None},
 }
 
 
@@ -91,6 +97,23 @@ def test_a_good_tracker_gets_everything_and_a_long_queue_loses_the_rest():
         slow.log_trial_result(iteration, None, RESULT)
     slow.on_experiment_end([])
     assert slow._lost > 900
+
+
+def test_a_result_that_tune_adds_to_is_logged_as_it_was_reported():
+    added = threading.Event()
+
+    class Late(LoggerCallback):
+        def log_trial_result(self, iteration, trial, result):
+            added.wait(5)
+            self.seen = dict(result)
+
+    tracker, result = InBackground(Late()), dict(RESULT)
+    tracker.setup()
+    tracker.log_trial_result(1, None, result)
+    result.update(experiment_tag="0")
+    added.set()
+    tracker.on_experiment_end([])
+    assert tracker._inner.seen == RESULT
 
 
 def test_a_trial_that_is_started_again_has_the_same_wandb_run(tmp_path):
@@ -212,11 +235,16 @@ def run_with(endpoint, output, monkeypatch, project="p"):
     command = [sys.executable, "-c", SCRIPT, str(output / "out"), project]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    (rows,) = (output / "out" / "sweep" / "trials").glob("*.jsonl")
-    seconds = [json.loads(line)["throughput/iteration_seconds"] for line in rows.read_text().splitlines()]
+    seconds = [row["throughput/iteration_seconds"] for row in rows(output / "out")]
     assert len(seconds) >= 199
     whole = float(done.stdout.split("WHOLE")[1].split()[0])
     return output / "out", sorted(seconds)[len(seconds) // 2], whole
+
+
+def rows(folder):
+    """The rows that the sweep itself kept of its only trial."""
+    (path,) = (folder / "sweep" / "trials").glob("*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
@@ -239,13 +267,7 @@ def serve(handler):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "endpoint",
-    [
-        "dead",
-        pytest.param("refusing", marks=pytest.mark.xfail(reason="the first row is missing from the files: 198 of 199")),
-    ],
-)
+@pytest.mark.parametrize("endpoint", ["dead", "refusing"])
 def test_runs_that_cannot_begin_go_to_files(tmp_path, monkeypatch, endpoint):
     server = serve(Refusing)
     port = 9 if endpoint == "dead" else server.server_port
@@ -253,7 +275,7 @@ def test_runs_that_cannot_begin_go_to_files(tmp_path, monkeypatch, endpoint):
     server.shutdown()
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     # Nothing is lost: the run is in files.
-    assert len(Run(path).history) >= 199
+    assert [row["training_iteration"] for row in Run(path).history] == [row["iteration"] for row in rows(folder)]
 
 
 @pytest.mark.slow

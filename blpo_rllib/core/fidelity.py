@@ -117,15 +117,17 @@ class Oracle:
         Returns:
             Means over the draws.
         """
-        exact, reference = self.exact(solver.damping), self.exact(reference_damping)
-        found = []
+        found, reference = [], self.exact(reference_damping)
         for _ in range(draws):
             # A copy each time: a solver may keep its first draw.
-            result = self.at(copy.deepcopy(solver), generator)
+            own = copy.deepcopy(solver)
+            result = self.at(own, generator)
+            # At the damping of this draw, which a solver may choose.
+            exact = self.exact(float(own.damping))
             found.append(
                 [
                     cosine(result.ihvp, exact.ihvp),
-                    solver.relative_residual(self._curvature, result.grad_critic, result.ihvp),
+                    float(own.relative_residual(self._curvature, result.grad_critic, result.ihvp)),
                     cosine(result.mixed_product, exact.mixed_product),
                     cosine(result.direction, exact.direction),
                     cosine(result.direction, reference.direction),

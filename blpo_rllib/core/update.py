@@ -106,7 +106,7 @@ class BilevelUpdate:
 
         Returns:
             :data:`STEP_MEANS`, :data:`MINIBATCH_MEANS` and :data:`COUNTS` by name, the explained variance of the value
-            targets, and the relative residual of the last inverse-Hessian-vector product.
+            targets, and relative residual and damping of the last inverse-Hessian-vector product.
         """
         for adam in self._adams:
             adam.refresh()
@@ -123,7 +123,8 @@ class BilevelUpdate:
             # On the last minibatch only, for the product it takes.
             loss = self._minibatch_update.critic_loss(minibatch)
             curvature = self._curvature(loss, self._reduction)
-            metrics_by_name["ihvp_relative_residual"] = self._solver.relative_residual(curvature, v, x)
+            metrics_by_name["ihvp_relative_residual"] = float(self._solver.relative_residual(curvature, v, x))
+            metrics_by_name["damping"] = float(self._solver.damping)
         return metrics_by_name
 
     def get_state(self) -> dict[str, Any]:

@@ -120,9 +120,14 @@ def ranking(plan: SweepPlan, points: Any, most: int = 15) -> Table:
             f"{point['return_min']:.1f}–{point['return_max']:.1f}",
             f"{point['seeds']:.0f}",
             f"{point['seconds'] / 60:.1f}",
-            *(f"{point[column]:.3g}" if np.isfinite(point[column]) else "–" for column in shown),
+            *(two_digits(point[column]) if np.isfinite(point[column]) else "–" for column in shown),
         )
     return table
+
+
+def two_digits(value: float) -> str:
+    """``35,000``, ``4.6``, ``0.021``: to two significant digits, and without an exponent where that is short."""
+    return f"{float(f'{value:.2g}'):,g}"
 
 
 def _say_failures(table: Any, console: Console) -> None:
@@ -148,8 +153,8 @@ def _return_figure(plan: SweepPlan, table: Any, points: Any) -> Any:
     plane = _plane(points, table)
     spread = plane["return_max"] - plane["return_min"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
-    _map(left, plane, plane["final_return"], "final return, mean over seeds", "viridis", "{:.0f}")
-    _map(right, plane, spread, "final return, best minus worst seed", "magma_r", "{:.0f}")
+    _map(left, plane, plane["final_return"], "final return, mean over seeds", "viridis", "{:.0f}".format)
+    _map(right, plane, spread, "final return, best minus worst seed", "magma_r", "{:.0f}".format)
     figure.suptitle(f"BLPO on {plan.task}, {plan.stop_timesteps:,} steps")
     return figure
 
@@ -160,9 +165,9 @@ def _residual_figure(plan: SweepPlan, table: Any, points: Any) -> Any:
         return None
     plane = _plane(points, table)
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
-    _map(left, plane, plane[RESIDUAL], "‖(H+ρI)x−v‖ / ‖v‖ in training", "cividis_r", "{:.2g}", log=True)
+    _map(left, plane, plane[RESIDUAL], "‖(H+ρI)x−v‖ / ‖v‖ in training", "cividis_r", two_digits, log=True)
     title = "share of minibatches where the bound acts"
-    _map(right, plane, plane[BOUND_ACTIVE], title, "cividis_r", "{:.2f}", limits=(0.0, 1.0))
+    _map(right, plane, plane[BOUND_ACTIVE], title, "cividis_r", "{:.2f}".format, limits=(0.0, 1.0))
     figure.suptitle(f"BLPO on {plan.task}: how well Nyström solves its system, and how often the bound cuts the result")
     return figure
 
@@ -180,8 +185,8 @@ def _cosine_figure(plan: SweepPlan, table: Any, points: Any) -> Any:
         plane,
         plane[names[0]],
         "cosine to the exact hypergradient at the same damping",
-        "RdYlGn",
-        "{:.2f}",
+        "RdBu",
+        "{:.2f}".format,
         limits=(-1, 1),
     )
     _map(
@@ -189,8 +194,8 @@ def _cosine_figure(plan: SweepPlan, table: Any, points: Any) -> Any:
         plane,
         plane[names[1]],
         f"cosine to the exact hypergradient at damping {least:g}",
-        "RdYlGn",
-        "{:.2f}",
+        "RdBu",
+        "{:.2f}".format,
         limits=(-1, 1),
     )
     figure.suptitle(f"BLPO on {plan.task}: final modules, exact solution beside Nyström's")
@@ -208,9 +213,10 @@ def _cost_figure(plan: SweepPlan, table: Any, points: Any) -> Any:
         (right, ended["seconds"] / ended["env_steps"] * 1e5 / 60, "minutes per 100,000 steps"),
     ):
         medians = values.groupby(ended[RANK]).median()
-        axes.plot(ended[RANK], values, ".", color="0.6", label="trials")
         axes.plot(medians.index, medians, "o-", color="tab:blue", label="median")
-        axes.set(xlabel="Nyström rank", ylabel=label, ylim=(0, None))
+        axes.plot(ended[RANK], values, ".", color="0.35", alpha=0.6, label="trials")
+        axes.set(xlabel="Nyström rank k", ylabel=label, ylim=(0, None))
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     left.legend()
     figure.suptitle(f"BLPO on {plan.task}: cost against rank")
@@ -239,7 +245,7 @@ def _map(
     values: Any,
     title: str,
     colors: str,
-    text: str,
+    text: Callable[[float], str],
     log: bool = False,
     limits: tuple[float, float] | None = None,
 ) -> None:
@@ -265,7 +271,16 @@ def _norm(values: Any, log: bool, limits: tuple[float, float] | None) -> Any:
     return mpl.colors.Normalize(low, high) if low < high else mpl.colors.Normalize(low - 0.5, high + 0.5)
 
 
-def _cells(axes: Axes, plane: Any, values: Any, ranks: Any, dampings: Any, colors: str, text: str, norm: Any) -> Any:
+def _cells(
+    axes: Axes,
+    plane: Any,
+    values: Any,
+    ranks: Any,
+    dampings: Any,
+    colors: str,
+    text: Callable[[float], str],
+    norm: Any,
+) -> Any:
     cells = np.full((len(dampings), len(ranks)), np.nan)
     cells[np.searchsorted(dampings, plane[DAMPING]), np.searchsorted(ranks, plane[RANK])] = values
     image = axes.imshow(cells, origin="lower", aspect="auto", cmap=colors, norm=norm)
@@ -273,7 +288,7 @@ def _cells(axes: Axes, plane: Any, values: Any, ranks: Any, dampings: Any, color
     axes.set_yticks(range(len(dampings)), [f"{damping:g}" for damping in dampings])
     for (row, column), value in np.ndenumerate(cells):
         if np.isfinite(value):
-            axes.text(column, row, text.format(value), ha="center", va="center", color=_ink(image, value))
+            axes.text(column, row, text(value), ha="center", va="center", color=_ink(image, value))
         else:
             axes.text(column, row, "–", ha="center", va="center", color="0.5")
     return image

@@ -17,10 +17,11 @@ class IHVPSolver(ABC):
     """Computes x ≈ (H + ρI)⁻¹ v.
 
     Attributes:
-        damping: ρ >= 0, the multiple of the identity added to H.
+        damping: ρ >= 0, the multiple of the identity added to H; for a solver that chooses it, that of the latest
+            :meth:`solve`.
     """
 
-    damping: float
+    damping: float | Tensor
 
     def draw(self, size: int, generator: np.random.Generator) -> np.ndarray | None:
         """The coordinates whose rows of H the next :meth:`solve` takes, distinct int64 in [0, size), or None for none.
@@ -51,10 +52,10 @@ class IHVPSolver(ABC):
             terms: What :meth:`local_terms` returned, summed over processes; they may be overwritten.
         """
 
-    def relative_residual(self, curvature: Curvature, v: Tensor, x: Tensor) -> float:
-        """‖(H + ρI) x − v‖ / ‖v‖: how well x solves the system, at the price of one product with H."""
+    def relative_residual(self, curvature: Curvature, v: Tensor, x: Tensor) -> Tensor:
+        """‖(H + ρI) x − v‖ / ‖v‖: how well x solves the system, at the price of one product with H; a scalar."""
         residual = curvature.matvec(x) + self.damping * x - v
-        return float(residual.norm() / v.norm())
+        return residual.norm() / v.norm()
 
     def check_size(self, size: int) -> None:  # noqa: B027
         """Raises ValueError if a critic of p = ``size`` parameters does not suit this solver."""

@@ -17,7 +17,7 @@ from blpo_rllib.core.networks import Coordinates
 class Nystrom(IHVPSolver):
     r"""Inverts a rank-k model of H, :math:`\hat H = C^\top (M + \delta I)^{-1} C`, by Woodbury's identity:
 
-    .. math::  x = (\hat H + \rho I)^{-1} v = v/\rho - C^\top (M + \delta I + C C^\top/\rho)^{-1} C v / \rho^2
+    .. math::  x = (\hat H + \rho I)^{-1} v = (v - C^\top (C C^\top + \rho (M + \delta I))^{-1} C v) / \rho
 
     with C = H[K, :] (k×p) for k random coordinates K, and M = C[:, K] (k×k). With k = p and δ = 0 it is exact.
 
@@ -58,15 +58,17 @@ class Nystrom(IHVPSolver):
 
     def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None, terms: Sequence[Tensor]) -> Tensor:
         assert columns is not None
-        (c,), rho = terms, self.damping
-        # M + δI + C Cᵀ/ρ
-        core = torch.addmm(c.index_select(1, columns.index), c, c.T, alpha=1 / rho)
+        (c,) = terms
+        # solve_ex: a singular matrix gives non-finite numbers, which the caller catches, instead of a device sync.
+        y, _ = torch.linalg.solve_ex(torch.addmm(self.damping * self._core(c, columns), c, c.T), c @ v)
+        # In place of the first row, which is not needed any more: x is as large as a row.
+        return c[0].mul_(-y[0]).addmv_(c[1:].T, y[1:], alpha=-1).add_(v).div_(self.damping)
+
+    def _core(self, c: Tensor, columns: Coordinates) -> Tensor:
+        """M + δI, [k, k]."""
+        core = c.index_select(1, columns.index)
         core.diagonal().add_(self.core_shift)
-        # solve_ex: a singular core gives non-finite numbers, which the caller catches, instead of a device sync.
-        y, _ = torch.linalg.solve_ex(core, c @ v)
-        # v/ρ − Cᵀy/ρ², in place of the first row, which is not needed any more: x is as large as a row.
-        y = y * (-1 / rho**2)
-        return c[0].mul_(y[0]).addmv_(c[1:].T, y[1:]).add_(v, alpha=1 / rho)
+        return core
 
     def get_state(self) -> dict[str, Any]:
         return {"columns": self.columns}

@@ -1,0 +1,121 @@
+"""Dampings that follow the curvature, against dense linear algebra in float64."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from problems import FLOAT64, SmallPlayers, critic_loss, random_batch
+from test_data_parallel import error, train
+from test_ihvp import DenseCurvature, all_columns, check, generator, solve
+from test_update import SETTINGS, compiled, make, twins, weights
+
+from blpo_rllib.core.curvature import Hessian
+from blpo_rllib.core.ihvp import Nystrom
+from blpo_rllib.core.reduction import Reduction
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from damping_rules import LEAST_DAMPING, LevenbergMarquardtNystrom, SpectralNystrom
+
+RULES = pytest.mark.parametrize("rule", [SpectralNystrom(4), LevenbergMarquardtNystrom(4, 2.0)], ids=["spectral", "lm"])
+
+
+def problem():
+    """A critic's Hessian, the same dense, and v."""
+    hessian = Hessian(critic_loss(SmallPlayers(), random_batch()), Reduction())
+    return hessian, hessian.rows(all_columns(hessian)), torch.randn(hessian.size, dtype=FLOAT64)
+
+
+def model(matrix, solver):
+    """Ĥ, dense."""
+    c = matrix[solver.columns]
+    core = c[:, solver.columns] + solver.core_shift * torch.eye(solver.rank, dtype=FLOAT64)
+    return c.T @ torch.linalg.solve(core, c)
+
+
+def damped(matrix, damping):
+    return matrix + damping * torch.eye(len(matrix), dtype=FLOAT64)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16])
+@pytest.mark.parametrize("multiple", [0.1, 1.0])
+def test_spectral_damping_is_the_norm_of_the_dense_model(rank, multiple):
+    hessian, dense, v = problem()
+    solver = SpectralNystrom(rank, multiple)
+    x = solve(solver, hessian, v, generator())
+    expected = model(dense, solver)
+    torch.testing.assert_close(solver.damping, multiple * torch.linalg.matrix_norm(expected))
+    check(x, torch.linalg.solve(damped(expected, float(solver.damping)), v), rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_spectral_damping_leaves_no_negative_eigenvalue(seed):
+    matrix = torch.randn(40, 40, dtype=FLOAT64)
+    matrix, solver = matrix + matrix.T, SpectralNystrom(6)
+    solve(solver, DenseCurvature(matrix), matrix[0], generator(seed))
+    assert torch.linalg.eigvalsh(model(matrix, solver))[0] < 0
+    assert torch.linalg.eigvalsh(damped(model(matrix, solver), float(solver.damping)))[0] >= -1e-9 * solver.damping
+
+
+def test_spectral_direction_does_not_depend_on_scale():
+    _, dense, v = problem()
+    small, large = SpectralNystrom(4, core_shift=0.0), SpectralNystrom(4, core_shift=0.0)
+    x = solve(small, DenseCurvature(dense), v, generator())
+    check(solve(large, DenseCurvature(1e3 * dense), v, generator()), x / 1e3)
+    torch.testing.assert_close(large.damping, 1e3 * small.damping)
+
+
+def test_levenberg_marquardt_follows_the_dense_error():
+    hessian, dense, v = problem()
+    solver, expected, errors = LevenbergMarquardtNystrom(4, 1e-3), 1e-3, []
+    for _ in range(40):
+        x = solve(solver, hessian, v, generator())
+        assert float(solver.damping) == pytest.approx(expected)
+        check(x, torch.linalg.solve(damped(model(dense, solver), expected), v), rtol=1e-6)
+        errors.append(float((damped(dense, expected) @ x - v).norm() / v.norm()))
+        expected *= 1.5 if errors[-1] > 0.75 else 2 / 3 if errors[-1] < 0.25 else 1.0
+    assert errors[0] > 0.75
+    assert 0.25 <= errors[-1] <= 0.75
+    assert errors[-1] == errors[-2]
+
+
+def test_levenberg_marquardt_state_restores_damping():
+    hessian, _, v = problem()
+    solver, restored = LevenbergMarquardtNystrom(4, 1e-3), LevenbergMarquardtNystrom(4)
+    for _ in range(3):
+        solve(solver, hessian, v, generator())
+    restored.set_state(solver.get_state())
+    check(solve(restored, hessian, v, generator(1)), solve(solver, hessian, v, generator()))
+    assert float(restored.damping) == float(solver.damping) != 1e-3
+
+
+@RULES
+def test_without_curvature_nothing_breaks(rule):
+    rule, flat, v = copy.deepcopy(rule), DenseCurvature(torch.zeros(40, 40, dtype=FLOAT64)), problem()[2][:40]
+    for _ in range(60):
+        x = solve(rule, flat, v, generator())
+    assert float(rule.damping) == pytest.approx(LEAST_DAMPING)
+    check(x, v / LEAST_DAMPING)
+
+
+@RULES
+def test_unequal_shards_change_nothing(rule):
+    alone, metrics, _ = train(rule, Hessian, SETTINGS, (), FLOAT64)
+    shared, shared_metrics, _ = train(rule, Hessian, SETTINGS, (1, 3), FLOAT64)
+    assert error(shared, alone) < 1e-10
+    assert shared_metrics["damping"] == pytest.approx(metrics["damping"])
+    other, *_ = train(Nystrom(4, 1e3), Hessian, SETTINGS, (), FLOAT64)
+    assert error(other, alone) > 1e-6
+
+
+@RULES
+def test_compiled_equals_plain(rule):
+    plain, fast = twins()
+    plain.by_hand = True
+    updates = [make(plain, copy.deepcopy(rule)), make(fast, copy.deepcopy(rule), compile_=compiled("aot_eager"))]
+    torch.manual_seed(0)
+    batch = random_batch(num_segments=4)
+    metrics = [[update.run(batch, 2, SETTINGS) for _ in range(2)][-1] for update in updates]
+    torch.testing.assert_close(weights(fast), weights(plain), rtol=1e-7, atol=1e-9)
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-5, abs=1e-8)
