@@ -69,7 +69,7 @@ def train(task: str, seeds: int, timesteps: int, output: Path) -> dict[str, Reco
         values = {RANK: (NYSTROM_RANK,), DAMPING: FIXED if name == "fixed" else FIXED[-1:]}
         plan = SweepPlan(task, values, seeds=seeds, stop_timesteps=timesteps)
         files = run_sweep(configure(task, solver), plan, output / task / name, resume=True)
-        for record in files.ended().values():
+        for record in sorted(files.ended().values(), key=lambda r: (r[DAMPING], r["seed"])):
             arms.setdefault(f"damping {record[DAMPING]:g}" if name == "fixed" else name, []).append(record)
     return arms
 

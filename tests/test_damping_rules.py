@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 from problems import FLOAT64, SmallPlayers, critic_loss, random_batch
 from test_data_parallel import error, train
@@ -16,6 +17,7 @@ from blpo_rllib.core.ihvp import Nystrom
 from blpo_rllib.core.reduction import Reduction
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from auto_damping import Estimate, judge
 from damping_rules import LEAST_DAMPING, LevenbergMarquardtNystrom, SpectralNystrom
 
 RULES = pytest.mark.parametrize("rule", [SpectralNystrom(4), LevenbergMarquardtNystrom(4, 2.0)], ids=["spectral", "lm"])
@@ -119,3 +121,29 @@ def test_compiled_equals_plain(rule):
     metrics = [[update.run(batch, 2, SETTINGS) for _ in range(2)][-1] for update in updates]
     torch.testing.assert_close(weights(fast), weights(plain), rtol=1e-7, atol=1e-9)
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-5, abs=1e-8)
+
+
+def test_intervals_are_welchs():
+    a, b = [1.0, 2.0, 4.0, 4.5], [3.0, 3.5, 7.0]
+    found, expected = Estimate.of_difference(a, b), scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    assert found.value - found.half_width == pytest.approx(expected.low)
+    assert found.value + found.half_width == pytest.approx(expected.high)
+    assert Estimate.of_difference([2.0, 2.0], [1.0, 1.0]) == Estimate(1.0, 0.0)
+    alone = Estimate.of_difference(a)
+    assert alone.half_width == pytest.approx(scipy.stats.t.ppf(0.975, 3) * scipy.stats.sem(a))
+
+
+def test_a_rule_is_judged_by_the_best_fixed_damping():
+    def records(*returns):
+        return [{"final_return": r, "mean_return": r / 2, "bilevel/damping": 1.0} for r in returns]
+
+    arms = {
+        "damping 1": records(10, 12, 14),
+        "damping 50": records(100, 101, 102),
+        "spectral": records(99, 101, 102),
+        "levenberg_marquardt": records(50, 52, 54),
+    }
+    found = judge(arms)["against_the_best_fixed"]
+    assert {e["best"] for by_measure in found.values() for e in by_measure.values()} == {"damping 50"}
+    assert [e["passes"] for e in found["spectral"].values()] == [True, True]
+    assert [e["passes"] for e in found["levenberg_marquardt"].values()] == [False, False]

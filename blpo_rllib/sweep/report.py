@@ -119,7 +119,7 @@ def ranking(plan: SweepPlan, points: Any, most: int = 15) -> Table:
             f"{point['final_return']:.1f}",
             f"{point['return_min']:.1f}–{point['return_max']:.1f}",
             f"{point['seeds']:.0f}",
-            f"{point['seconds'] / 60:.1f}",
+            two_digits(point["seconds"] / 60),
             *(two_digits(point[column]) if np.isfinite(point[column]) else "–" for column in shown),
         )
     return table
