@@ -181,9 +181,13 @@ class Normalizer:
 
     def flush(self) -> None:
         """Brings the statistics for other EnvRunners up to date."""
-        if self._pending:
-            push(self._stock.buffer, np.concatenate(self._pending))
-            self._pending.clear()
+        if not self._pending:
+            return
+        obs = np.concatenate(self._pending).astype(np.float64)
+        self._pending.clear()
+        push(self._stock.buffer, obs)
+        for stat in (self._stock.running_stats, self._stock.buffer):
+            push_delta(stat, obs)
 
 
 def bound_actions(connector: NormalizeAndClipActions, actions: np.ndarray, space: gym.Space) -> np.ndarray:
@@ -198,7 +202,7 @@ def bound_actions(connector: NormalizeAndClipActions, actions: np.ndarray, space
 
 
 def push(stat: RunningStat, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    r"""Updates RLlib's running statistics by [n, ...] values, as ``stat.push`` would one by one.
+    r"""Updates RLlib's running statistics by [n, ...] values, as ``stat.push`` would one by one, but for its deltas.
 
     Welford's recurrences for mean and sum of squared deviations, summed up: with :math:`c` values seen before,
 
@@ -215,16 +219,25 @@ def push(stat: RunningStat, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     previous = np.concatenate([np.zeros_like(shift[:1]), shift[:-1]])
     squares = ((centred - previous) * (centred - shift)).cumsum(0)
     mean, sum_of_squares = stat.mean_array + shift, stat.sum_sq_diff_array + squares
-    if before == 0:
-        stat.mean_delta_array[...] = mean[-1]
-    else:
-        stat.mean_delta_array += shift[-1]
     stat.mean_array[...], stat.sum_sq_diff_array[...] = mean[-1], sum_of_squares[-1]
-    stat.sum_sq_diff_delta_array += squares[-1]
     stat.num_pushes += len(x)
-    stat.num_pushes_delta += len(x)
     # A single value has no variance: RLlib calls it 0.
     variance = (sum_of_squares / np.maximum(counts - 1, 1)).astype(np.float32)
     if before == 0:
         variance[0] = 0
     return mean, variance
+
+
+def push_delta(stat: RunningStat, x: np.ndarray) -> None:
+    """Adds [n, ...] values to the deltas, from which RLlib merges the statistics of several EnvRunners.
+
+    ``RunningStat.update`` takes them for mean and sum of squared deviations of the values since the last merge (Chan's
+    formula), and so they are here. ``RunningStat.push`` leaves changes of the overall mean there instead, whose merge
+    is not the statistics of all values (ray/rllib/utils/filter.py).
+    """
+    before, total = stat.num_pushes_delta, stat.num_pushes_delta + len(x)
+    mean = x.mean(0)
+    shift = mean - stat.mean_delta_array
+    stat.sum_sq_diff_delta_array += ((x - mean) ** 2).sum(0) + shift**2 * (before * len(x) / total)
+    stat.mean_delta_array += shift * (len(x) / total)
+    stat.num_pushes_delta = total
