@@ -126,6 +126,7 @@ def compare(output, *arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
+@pytest.mark.slow
 def test_runs_end_to_end_and_only_once(tmp_path):
     output = tmp_path / "compare"
     assert compare(output, "--algorithms", "blpo").returncode == 0

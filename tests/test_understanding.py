@@ -130,6 +130,7 @@ def test_a_point_of_a_run_is_measured_from_its_checkpoint(tmp_path, monkeypatch)
 # Training runs.
 
 
+@pytest.mark.slow
 def test_runs_leave_records_and_do_not_run_twice(tmp_path, monkeypatch, capsys):
     names = [variants.BASELINE, "published, random"]
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
