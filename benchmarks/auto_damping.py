@@ -12,7 +12,6 @@ which favours it.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import ray
 import scipy.stats
+from contestants import example
 from damping_rules import LevenbergMarquardtNystrom, SpectralNystrom
 from rich.console import Console
 from rich.table import Table
@@ -33,8 +33,6 @@ from blpo_rllib.metrics import metric_name
 from blpo_rllib.provenance import provenance
 from blpo_rllib.sweep import SweepPlan, run_sweep
 from blpo_rllib.sweep.plan import DAMPING, RANK
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tuned_examples"))
 
 # Environment steps per run.
 TASKS = {"cartpole": 100_000, "acrobot": 100_000, "hopper": 1_000_000}
@@ -53,11 +51,7 @@ Records = list[dict[str, Any]]
 
 def configure(task: str, hypergradient: str | IHVPSolver) -> BLPOConfig:
     """The tuned example; Hopper in EnvPool on one thread."""
-    config = importlib.import_module(f"{task}_blpo").config()
-    config.training(hypergradient=hypergradient).debugging(log_level="ERROR")
-    if task == "hopper":
-        config.environment("EnvPool/Hopper-v5", env_config={"num_threads": 1})
-    return config
+    return example(task, "envpool").training(hypergradient=hypergradient).debugging(log_level="ERROR")
 
 
 def train(task: str, seeds: int, timesteps: int, output: Path) -> dict[str, Records]:

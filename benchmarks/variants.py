@@ -2,6 +2,7 @@
 
     python benchmarks/variants.py cartpole --seeds 5 --steps 150000 --workers 2
     python benchmarks/variants.py acrobot --seeds 5 --steps 150000 --workers 2
+    python benchmarks/variants.py hopper --seeds 3 --steps 600000 --workers 2
 
 Nesting alone; the published correction; one of the same norm in another direction; v/ρ in place of the
 inverse-Hessian-vector product; the cross term as a mean, with the bound and without; less damping; other solvers. One
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -26,6 +26,7 @@ import matplotlib as mpl
 import numpy as np
 import ray
 import torch
+from contestants import example as tuned_example
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import trim_mean
@@ -38,13 +39,11 @@ from blpo_rllib.metrics import ENV_STEPS, grouped, iteration, metric_name
 from blpo_rllib.provenance import provenance
 from blpo_rllib.sweep.records import FINISHED, Row, TrialFiles, mean_return, summary, write_whole
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tuned_examples"))
-
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "results" / "variants"
-EXAMPLES = ("cartpole", "acrobot")
+EXAMPLES = ("cartpole", "acrobot", "hopper")
 BASELINE = "nested"
 NUM_BINS = 50
 
@@ -152,7 +151,7 @@ def run_all(example: str, names: list[str], seeds: int, steps: int, folder: Path
             name, how = file_name(variant, seed), VARIANTS[variant]
             if name in ended and ended[name]["steps_wanted"] == steps:
                 continue
-            config = importlib.import_module(f"{example}_blpo").config().training(**how.training)
+            config = tuned_example(example, "envpool").training(**how.training)
             config.debugging(seed=seed, log_level="ERROR")
             about = {"variant": variant, "seed": seed, "steps_wanted": steps}
             direction = None if how.direction is None else DIRECTIONS[how.direction]

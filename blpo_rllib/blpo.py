@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 import pyarrow.fs
+from ray.exceptions import RayActorError
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.algorithms.ppo.ppo import PPO, PPOConfig
@@ -388,6 +390,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _end_process() -> None:
+    """Ends a trial's process at once, whose learner or EnvRunner died while it was being made: Tune starts another.
+
+    An exception would leave Tune waiting: Ray lets an actor whose constructor failed live until the tasks that it
+    submitted end, and the creation of an actor that died meanwhile never does (ray/core/src/ray/core_worker,
+    TaskManager::DrainAndShutdown).
+    """
+    logger.exception("a learner or EnvRunner died while the algorithm was being made; the trial starts anew")
+    logging.shutdown()
+    os._exit(1)
+
+
 class BLPO(PPO):
     """PPO's synchronous sample-and-learn loop with a bilevel learner: :class:`~blpo_rllib.learner.BLPOTorchLearner`.
 
@@ -403,9 +417,14 @@ class BLPO(PPO):
     @override(PPO)
     def setup(self, config: AlgorithmConfig) -> None:
         self._resumed = False
-        super().setup(config)
-        if self._storage is not None:
-            self._resume(self._storage)
+        try:
+            super().setup(config)
+            if self._storage is not None:
+                self._resume(self._storage)
+        except RayActorError:
+            if self._storage is not None:
+                _end_process()
+            raise
 
     def _resume(self, storage: Any) -> None:
         """Goes back to the newest whole checkpoint in the trial's folder, which may be newer than the one Tune knows.

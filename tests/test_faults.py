@@ -1,5 +1,6 @@
 """The tuned example as a process: killed, resumed, ended by a signal; and the command line that says so."""
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,10 @@ import pyarrow.fs
 import pytest
 import ray
 import torch
+
+# isort: split
+# Ray brings its own, and finds it once it is imported itself.
+import psutil
 
 from blpo_rllib import checkpoints, example_script
 
@@ -58,6 +63,18 @@ class Example:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+    def kill_a_learner(self):
+        """As soon as there is one: while it is being made."""
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if any("_WrappedExecutable" in word for word in process.cmdline()):
+                        process.kill()
+                        return
+            time.sleep(0.02)
+        raise AssertionError(self.log.read_text()[-3000:])
 
     def end_with(self, number):
         """Its exit status after the signal, which a terminal sends to the group, and others to the process."""
@@ -135,6 +152,13 @@ def test_resumes_from_exactly_where_ctrl_c_ended_it(tmp_path):
         assert_consecutive(second.rows())
         assert len(second.rows()) == ended + 2
         assert f"'training_iteration': {ended}, " in second.log.read_text()
+
+
+def test_starts_again_when_a_learner_dies_while_it_is_made(tmp_path):
+    with Example(tmp_path, "--num-learners", "1", "--num-gpus-per-learner", "0", "--num-cpus", "2") as example:
+        example.kill_a_learner()
+        example.wait_for_checkpoint(0)
+        assert example.end_with(signal.SIGTERM) == 128 + signal.SIGTERM
 
 
 @pytest.fixture
