@@ -1,12 +1,21 @@
-"""The Hopper example on a cluster of three nodes against the same in one process: do they learn alike?
+"""The Hopper example with several EnvRunners, several learners, and both on a cluster: do they learn alike?
 
     python benchmarks/on_cluster.py --seeds 0 1 2 --stop-timesteps 120000
     python benchmarks/on_cluster.py --seeds 3 4 --stop-timesteps 120000 --add
+    python benchmarks/on_cluster.py --groups env_runners learners --seeds 0 1 2 --stop-timesteps 120000 --add
 
-The cluster is a head and two more nodes, each with processes of its own, on this machine (``ray.cluster_utils``):
-three EnvRunners and two learners, against a local EnvRunner and a local learner. Environments, batch, minibatches and
-segments are as many over all EnvRunners and learners. Printed and kept: the mean return of all episodes that ended in
-the last quarter of each run, and the difference of the two groups with its standard error (Welch).
+=========== =========== ======== =====================================================
+group       EnvRunners  learners where
+=========== =========== ======== =====================================================
+one_process 1, local    1, local this process
+env_runners 3           1, local processes of their own
+learners    1, local    2        processes of their own
+cluster     3           2        three nodes (``ray.cluster_utils``) on this machine
+=========== =========== ======== =====================================================
+
+Environments, batch, minibatches and segments are as many over all EnvRunners and learners. Printed and kept: the mean
+return of all episodes that ended in the last quarter of each run; each group's difference to ``one_process``; and over
+all groups the effect of EnvRunners and that of learners (2 x 2 design); with standard errors (Welch).
 """
 
 from __future__ import annotations
@@ -28,7 +37,9 @@ from blpo_rllib.provenance import provenance
 sys.path.insert(0, str(Path(__file__).parents[1] / "tuned_examples"))
 from hopper_blpo import config
 
-NUM_RUNNERS, NUM_LEARNERS, NUM_ENVS = 3, 2, 33
+NUM_ENVS = 33
+# EnvRunners and learners by group; 0 is a local one.
+GROUPS = {"one_process": (0, 0), "env_runners": (3, 0), "learners": (0, 2), "cluster": (3, 2)}
 BATCH, MINIBATCH = 20_480, 640
 
 
@@ -38,16 +49,14 @@ def count_return(*, episode: Any, metrics_logger: Any, **_: Any) -> None:
     metrics_logger.log_value("returns", 1, reduce="sum", clear_on_reduce=True)
 
 
-def setup(seed: int, on_cluster: bool) -> Any:
+def setup(seed: int, num_env_runners: int, num_learners: int) -> Any:
     """The example with segments of 320 steps, of which each of two learners gets one a minibatch."""
-    learners = NUM_LEARNERS if on_cluster else 1
+    parts = max(1, num_learners)
     c = config().training(
-        train_batch_size_per_learner=BATCH // learners, minibatch_size=MINIBATCH // learners, segment_length=320
+        train_batch_size_per_learner=BATCH // parts, minibatch_size=MINIBATCH // parts, segment_length=320
     )
-    c.env_runners(num_envs_per_env_runner=NUM_ENVS).callbacks(on_episode_end=count_return)
-    if on_cluster:
-        c.env_runners(num_env_runners=NUM_RUNNERS, num_envs_per_env_runner=NUM_ENVS // NUM_RUNNERS)
-        c.learners(num_learners=NUM_LEARNERS, num_cpus_per_learner=1)
+    c.env_runners(num_env_runners=num_env_runners, num_envs_per_env_runner=NUM_ENVS // max(1, num_env_runners))
+    c.learners(num_learners=num_learners, num_cpus_per_learner=1).callbacks(on_episode_end=count_return)
     return c.debugging(seed=seed, log_level="ERROR")
 
 
@@ -56,13 +65,11 @@ def node_of(_: Any) -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def train(seed: int, on_cluster: bool, timesteps: int) -> dict[str, Any]:
+def train(seed: int, group: str, timesteps: int) -> dict[str, Any]:
     """One run: environment steps and mean return of each iteration, and the nodes its processes were on."""
-    algo, rows, start = setup(seed, on_cluster).build_algo(), [], time.monotonic()
-    nodes = {ray.get_runtime_context().get_node_id()}
-    if on_cluster:
-        nodes = set(algo.env_runner_group.foreach_env_runner(node_of, local_env_runner=False))
-        nodes |= {result.get() for result in algo.learner_group.foreach_learner(node_of)}
+    algo, rows, start = setup(seed, *GROUPS[group]).build_algo(), [], time.monotonic()
+    nodes = set(algo.env_runner_group.foreach_env_runner(node_of, local_env_runner=GROUPS[group][0] == 0))
+    nodes |= {result.get() for result in algo.learner_group.foreach_learner(node_of)}
     while not rows or rows[-1][0] < timesteps:
         env = algo.train()[ENV_RUNNER_RESULTS]
         if env.get("returns"):
@@ -81,39 +88,63 @@ def train(seed: int, on_cluster: bool, timesteps: int) -> dict[str, Any]:
     }
 
 
+def run_group(group: str, seeds: list[int], timesteps: int) -> list[dict[str, Any]]:
+    """The runs of one group, one after the other."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2}) if group == "cluster" else None
+    if cluster is None:
+        ray.init(address="local", num_cpus=sum(GROUPS[group]) + 1, include_dashboard=False, log_to_driver=False)
+    else:
+        for _ in range(2):
+            cluster.add_node(num_cpus=2)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False)
+    runs = []
+    for seed in seeds:
+        runs.append(train(seed, group, timesteps))
+        print(group, {k: v for k, v in runs[-1].items() if not isinstance(v, list)}, flush=True)
+    ray.shutdown()
+    if cluster is not None:
+        cluster.shutdown()
+    return runs
+
+
+def contrast(late: dict[str, np.ndarray], plus: list[str], minus: list[str]) -> tuple[float, float]:
+    """Mean over the groups in ``plus`` less that over those in ``minus``, and its standard error."""
+    value = np.mean([late[g].mean() for g in plus]) - np.mean([late[g].mean() for g in minus])
+    variances = [late[g].var(ddof=1) / len(late[g]) / len(side) ** 2 for side in (plus, minus) for g in side]
+    return round(float(value), 1), round(float(np.sqrt(sum(variances))), 1)
+
+
+def summary(groups: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[float, float]]:
+    """Differences with their standard errors, by name."""
+    late = {name: np.array([run["late_return"] for run in runs]) for name, runs in groups.items()}
+    found = {name: contrast(late, [name], ["one_process"]) for name in late if name != "one_process"}
+    if set(late) == set(GROUPS):
+        found["effect of EnvRunners"] = contrast(late, ["env_runners", "cluster"], ["one_process", "learners"])
+        found["effect of learners"] = contrast(late, ["learners", "cluster"], ["one_process", "env_runners"])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=["one_process", "cluster"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--stop-timesteps", type=int, default=200_000)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "on_cluster.json")
-    parser.add_argument("--add", action="store_true", help="keep the runs at --output, with other seeds")
+    parser.add_argument("--add", action="store_true", help="keep the runs at --output, with other seeds or groups")
     args = parser.parse_args()
-    groups: dict[str, list[dict[str, Any]]] = {"one_process": [], "cluster": []}
+    groups: dict[str, list[dict[str, Any]]] = {}
     if args.add:
         kept = json.loads(args.output.read_text())
         if kept["timesteps"] != args.stop_timesteps:
             parser.error(f"{args.output} holds runs of {kept['timesteps']} steps, not {args.stop_timesteps}")
         groups = kept["runs"]
-    for name in groups:
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2}) if name == "cluster" else None
-        if cluster is not None:
-            for _ in range(2):
-                cluster.add_node(num_cpus=2)
-            cluster.wait_for_nodes()
-        address = "local" if cluster is None else cluster.address
-        ray.init(address=address, include_dashboard=None if cluster else False, log_to_driver=False)
-        for seed in args.seeds:
-            groups[name].append(train(seed, cluster is not None, args.stop_timesteps))
-            print(name, {k: v for k, v in groups[name][-1].items() if not isinstance(v, list)}, flush=True)
-        ray.shutdown()
-        if cluster is not None:
-            cluster.shutdown()
-    late = {name: np.array([run["late_return"] for run in runs]) for name, runs in groups.items()}
-    difference = float(late["cluster"].mean() - late["one_process"].mean())
-    error = float(np.sqrt(sum(x.var(ddof=1) / len(x) for x in late.values())))
-    summary = {"difference": round(difference, 1), "standard_error": round(error, 1)}
-    print(summary)
-    report = {**provenance(), "timesteps": args.stop_timesteps, **summary, "runs": groups}
+    for group in args.groups:
+        groups.setdefault(group, []).extend(run_group(group, args.seeds, args.stop_timesteps))
+    found = summary(groups)
+    for name, (difference, error) in found.items():
+        print(f"{name}: {difference:+} ± {error}")
+    report = {**provenance(), "timesteps": args.stop_timesteps, "differences": found, "runs": groups}
     args.output.write_text(json.dumps(report) + "\n")
 
 

@@ -55,13 +55,15 @@ def _import_rliable() -> Any:
 
 rly = _import_rliable()
 
-BASELINE = "ppo"
+SUBJECT, BASELINE = "blpo", "ppo"
 ROOT = Path(__file__).parent.parent
 BOOTSTRAP_SEED = 0
 REPETITIONS = 2000
 GRID = 41
 BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
 COLORS = dict(zip([*ALGORITHMS, PPO_TUNED], ("tab:blue", "tab:purple", "tab:green", "tab:orange", "0.5"), strict=True))
+
+STANDINGS = {"above": "apart, BLPO's above", "below": "apart, BLPO's below", "overlap": "over each other"}
 
 # Point, and the ends of its interval.
 Estimate = tuple[float, float, float]
@@ -256,6 +258,31 @@ def task_table(runs: Runs) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def standing(runs: Runs, tasks: Sequence[str], algorithm: str) -> str:
+    """Whether the interval of an algorithm's mean score lies "above" or "below" PPO's, or they "overlap"."""
+    (_, low, high), (_, their_low, their_high) = (
+        estimate(matrix(runs, tasks, name, area), iqm) for name in (algorithm, BASELINE)
+    )
+    # Single runs have NaN for an interval, which is neither.
+    return "above" if low > their_high else "below" if high < their_low else "overlap"
+
+
+def standing_text(runs: Runs) -> str:
+    """How BLPO's intervals lie to PPO's, over all tasks that both have runs on and on each of them."""
+    tasks = shared_tasks(runs, (SUBJECT, BASELINE))
+    if not tasks:
+        return ""
+    by_task = {task: standing(runs, [task], SUBJECT) for task in tasks}
+    found = [
+        f"{word} on {', '.join(task for task in tasks if by_task[task] == word) or 'none'}"
+        for word in ("above", "overlap", "below")
+    ]
+    return (
+        f"**Intervals of BLPO's mean return against PPO's:** over all {len(tasks)} tasks they lie "
+        f"{STANDINGS[standing(runs, tasks, SUBJECT)]}; by task: {'; '.join(found)}."
+    )
+
+
 def returns_text(runs: Runs, task: str, algorithm: str, number: Callable[[pd.DataFrame], float]) -> str:
     """Interquartile mean and interval of a number of the runs."""
     return interval_text(estimate(runs.numbers(task, algorithm, number)[:, None], iqm), 1)
@@ -308,10 +335,11 @@ def summary_text(runs: Runs) -> str:
         "policy, beside the training.",
         "Score: 0 is the task's untrained policies, 1 the best final return of any run.",
         markdown(overall_table(runs)),
+        standing_text(runs),
         markdown(task_table(runs)),
         f"**Missing:** {len(missing)} combinations, listed in the report." if missing else "Nothing is missing.",
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def learning_curves(runs: Runs, axis: str, label: str) -> Any:

@@ -221,6 +221,22 @@ def test_numbers_are_what_they_are_by_hand():
     assert report.improvement(runs, ["hopper"], "ppo") is None
 
 
+def test_standing_of_intervals():
+    table = made_up_runs({"blpo": 5, "ppo": 5})
+    ours, hopper = table["algorithm"] == "blpo", table["task"] == "hopper"
+    # Cartpole as made up: twice PPO's returns; hopper: PPO's own.
+    theirs = table.loc[~ours & hopper, "evaluation_return"].to_numpy()
+    table.loc[ours & hopper, "evaluation_return"] = theirs
+    runs = report.Runs(table)
+    assert report.standing(runs, ["cartpole"], "blpo") == "above"
+    assert report.standing(runs, ["hopper"], "blpo") == "overlap"
+    assert "above on cartpole; overlap on hopper; below on none" in report.standing_text(runs)
+    swapped = table.assign(algorithm=table["algorithm"].map({"blpo": "ppo", "ppo": "blpo"}))
+    assert report.standing(report.Runs(swapped), ["cartpole"], "blpo") == "below"
+    single = report.Runs(made_up_runs({"blpo": 1, "ppo": 1}))
+    assert report.standing(single, ["cartpole"], "blpo") == "overlap", "a single run has no interval"
+
+
 def test_probability_of_improvement_is_rliables():
     generator = np.random.default_rng(0)
     ours, theirs = generator.integers(0, 5, (6, 3)).astype(float), generator.integers(0, 5, (4, 3)).astype(float)

@@ -171,9 +171,11 @@ def job_server():
     command += ["--num-cpus=2", '--resources={"learner": 1}', "--disable-usage-stats"]
     # Jobs are started by an agent whose port is fixed by default: another Ray on this machine may have it.
     command += [f"--dashboard-agent-listen-port={free_port()}"]
+    # A job runs the "python" that its node finds.
+    scripts = Path(sys.executable).parent
     head = subprocess.Popen(
-        [str(Path(sys.executable).parent / command[0]), *command[1:]],
-        env=os.environ | environment,
+        [str(scripts / command[0]), *command[1:]],
+        env=os.environ | environment | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"},
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

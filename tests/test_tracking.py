@@ -1,6 +1,5 @@
 """Trackers that fail, hang or refuse; the dashboard; progress at a terminal."""
 
-import http.server
 import io
 import json
 import subprocess
@@ -17,6 +16,9 @@ from wandb_files import Run
 from blpo_rllib import dashboard, metrics
 from blpo_rllib.progress import RichReporter, duration
 from blpo_rllib.tracking import GroupedWandb, InBackground, git_revision
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from tracker_cost import DISCARD_PORT, Refusing, Silent, serve
 
 RESULT = {
     "training_iteration": 3,
@@ -202,11 +204,6 @@ def test_progress_at_a_terminal_and_in_a_file():
 # Slow: the real thing, with an endpoint that is dead, and one that never answers.
 
 
-class Silent(http.server.BaseHTTPRequestHandler):
-    def handle(self):
-        time.sleep(600)
-
-
 SCRIPT = """
 import sys, time
 from pathlib import Path
@@ -247,32 +244,11 @@ def rows(folder):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-class Refusing(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        self.send_response(401)
-        self.end_headers()
-        self.wfile.write(b'{"errors": [{"message": "user is not logged in"}]}')
-
-    do_GET = do_POST
-
-    def log_message(self, *args):
-        pass
-
-
-def serve(handler):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("endpoint", ["dead", "refusing"])
 def test_runs_that_cannot_begin_go_to_files(tmp_path, monkeypatch, endpoint):
-    server = serve(Refusing)
-    port = 9 if endpoint == "dead" else server.server_port
+    port = DISCARD_PORT if endpoint == "dead" else serve(Refusing)
     folder, _, _ = run_with(f"http://127.0.0.1:{port}", tmp_path, monkeypatch)
-    server.shutdown()
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     # Nothing is lost: the run is in files.
     assert [row["training_iteration"] for row in Run(path).history] == [row["iteration"] for row in rows(folder)]
@@ -280,10 +256,8 @@ def test_runs_that_cannot_begin_go_to_files(tmp_path, monkeypatch, endpoint):
 
 @pytest.mark.slow
 def test_slow_endpoint(tmp_path, monkeypatch):
-    server = serve(Silent)
     with monkeypatch.context() as patch:
-        folder, slow, whole = run_with(f"http://127.0.0.1:{server.server_port}", tmp_path / "slow", patch)
-    server.shutdown()
+        folder, slow, whole = run_with(f"http://127.0.0.1:{serve(Silent)}", tmp_path / "slow", patch)
     with monkeypatch.context() as patch:
         _, without, whole_without = run_with("http://127.0.0.1:9", tmp_path / "without", patch, project="")
     print(f"median iteration {slow:.4f} s beside a silent endpoint, {without:.4f} s without W&B")
