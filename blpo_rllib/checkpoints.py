@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow.fs
 
 logger = logging.getLogger(__name__)
@@ -28,12 +29,21 @@ class CheckpointError(ValueError):
 
 
 def resolve(path: str | Path, filesystem: pyarrow.fs.FileSystem | None = None) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The filesystem of ``path``, a local path or a URL, and the path on it."""
+    """The filesystem of ``path``, a local path or a URL that pyarrow or fsspec knows, and the path on it.
+
+    Raises:
+        ValueError: If neither knows the URL.
+        ImportError: If fsspec knows a package that does and is not installed.
+    """
     if filesystem is not None:
         return filesystem, str(path)
-    if "://" in str(path):
+    if "://" not in str(path):
+        return pyarrow.fs.LocalFileSystem(), Path(path).expanduser().resolve().as_posix()
+    try:
         return pyarrow.fs.FileSystem.from_uri(str(path))
-    return pyarrow.fs.LocalFileSystem(), Path(path).expanduser().resolve().as_posix()
+    except pyarrow.ArrowInvalid:
+        other, path_there = fsspec.core.url_to_fs(str(path))
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(other)), path_there
 
 
 def seal(filesystem: pyarrow.fs.FileSystem, path: str, about: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ def parse_command_line(stop_reward: float, stop_timesteps: int) -> argparse.Name
     parser.add_argument(
         "--output",
         metavar="PATH",
-        help="Folder or URL (s3://, gs://, ...) for checkpoints and results, which every node must reach "
+        help="Folder or URL (s3://, gs://, az://, ...) for checkpoints and results, which every node must reach "
         "(default: ~/ray_results, a new folder each time).",
     )
     parser.add_argument(
@@ -111,7 +111,7 @@ def _check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     try:
         filesystem, path = checkpoints.resolve(args.storage)
         used = filesystem.get_file_info(f"{path}/{RUN}").type != pyarrow.fs.FileType.NotFound
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         parser.error(f"--output {args.storage} cannot be used: {error}")
     if used and not args.resume:
         parser.error(f"--output {args.storage} holds a run: add --resume to go on with it, or name another place")
@@ -134,10 +134,9 @@ def _tuner_as_asked(args: argparse.Namespace, stopped: _Signals) -> Iterator[Non
         # Found here, a wrong setting is an error at once; found by the trial it looks like a fault to recover from.
         param_space.copy(copy_frozen=False).debugging(seed=args.seed).validate()
         stopped.catch()
-        storage = None if args.storage is None else {"storage_path": _absolute(args.storage), "name": RUN}
         run_config = dataclasses.replace(
             run_config,
-            **(storage or {}),
+            **({} if args.storage is None else {**_storage(args.storage), "name": RUN}),
             stop=_Stopper(run_config.stop, stopped),
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES_IN_A_ROW),
             callbacks=[_Keeper(args.checkpoint_keep), *(run_config.callbacks or [])],
@@ -152,8 +151,10 @@ def _tuner_as_asked(args: argparse.Namespace, stopped: _Signals) -> Iterator[Non
         yield
 
 
-def _absolute(output: str) -> str:
-    return output if "://" in output else checkpoints.resolve(output)[1]
+def _storage(output: str) -> dict[str, Any]:
+    """Tune's settings for a folder or URL; Tune itself knows fewer URLs."""
+    filesystem, path = checkpoints.resolve(output)
+    return {"storage_path": path, "storage_filesystem": filesystem}
 
 
 class _Signals:

@@ -53,6 +53,25 @@ def written(tmp_path_factory):
     return folder
 
 
+def test_urls_that_only_fsspec_knows():
+    filesystem, path = checkpoints.resolve("memory://bucket/run")
+    assert checkpoints.newest_valid(filesystem, path) is None
+    for number in range(2):
+        folder = f"{path}/checkpoint_{number:06d}"
+        filesystem.create_dir(folder)
+        with filesystem.open_output_stream(f"{folder}/weights") as stream:
+            stream.write(b"12345")
+        checkpoints.seal(filesystem, folder, {"progress": number})
+    assert checkpoints.newest_valid(filesystem, path)[1]["progress"] == 1
+    with filesystem.open_output_stream(f"{path}/checkpoint_000001/weights") as stream:
+        stream.write(b"123")
+    assert checkpoints.newest_valid(filesystem, path)[1]["progress"] == 0
+    checkpoints.prune(filesystem, path, keep=1)
+    assert [checkpoints.index(found) for found in checkpoints.checkpoints(filesystem, path)] == [1]
+    # Tune hands it to the trials.
+    assert pickle.loads(pickle.dumps(filesystem)) == filesystem
+
+
 @pytest.fixture
 def folder(written, tmp_path):
     return Path(shutil.copytree(written, tmp_path / "run/seed_0"))

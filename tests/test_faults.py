@@ -184,6 +184,7 @@ def test_defaults(parse, tmp_path):
         (["--output", "{used}"], r"--output .* holds a run: add --resume to go on with it, or name another place"),
         (["--output", "{used}", "--resume", "--no-tune"], "need Tune: leave out --no-tune"),
         (["--output", "nosuch://bucket/x"], "--output nosuch://bucket/x cannot be used: "),
+        (["--output", "az://bucket/x"], "--output az://bucket/x cannot be used: "),
         (["--checkpoint-keep", "0"], "--checkpoint-keep must be at least 1"),
     ],
 )
