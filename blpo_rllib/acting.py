@@ -154,19 +154,26 @@ class Normalizer:
     Each is normalised by the statistics of all before it and itself. The connector's own statistics are updated, those
     that normalise at once and those it keeps for other EnvRunners by :meth:`flush`, so that its state can be saved,
     merged and set as usual.
+
+    Args:
+        connector: RLlib's filter.
+        share: Until the next merge each observation counts as this many: of R EnvRunners that each see one of R, the
+            statistics then keep pace with those of all of them, as they do with a single EnvRunner. Left to their own
+            observations they lag behind what the policy does, and training with them
+            (docs/scaling.md, "Several EnvRunners and a filter").
     """
 
-    def __init__(self, connector: MeanStdFilter):
+    def __init__(self, connector: MeanStdFilter, share: int = 1):
         if connector._filters is None:
             connector._init_new_filters()
         (self._stock,) = connector._filters.values()
-        self._updates = connector._update_stats
+        self._updates, self._share = connector._update_stats, share
         self._pending: list[np.ndarray] = []
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         stock = self._stock
         if self._updates:
-            mean, variance = push(stock.running_stats, obs)
+            mean, variance = push(stock.running_stats, obs, self._share)
             self._pending.append(obs)
         else:
             mean, variance = stock.running_stats.mean, stock.running_stats.var
@@ -201,26 +208,27 @@ def bound_actions(connector: NormalizeAndClipActions, actions: np.ndarray, space
     return np.clip(space.low + (actions + 1.0) * (space.high - space.low) / 2.0, space.low, space.high)
 
 
-def push(stat: RunningStat, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def push(stat: RunningStat, x: np.ndarray, weight: int = 1) -> tuple[np.ndarray, np.ndarray]:
     r"""Updates RLlib's running statistics by [n, ...] values, as ``stat.push`` would one by one, but for its deltas.
 
-    Welford's recurrences for mean and sum of squared deviations, summed up: with :math:`c` values seen before,
+    Welford's recurrences for mean and sum of squared deviations, summed up: with :math:`c` values seen before, and each
+    new one counted :math:`w` times,
 
-    .. math:: m_i = m_0 + \frac{1}{c + i} \sum_{j \le i} (x_j - m_0), \qquad
-              S_i = S_0 + \sum_{j \le i} (x_j - m_{j-1})(x_j - m_j).
+    .. math:: m_i = m_0 + \frac{w}{c + w i} \sum_{j \le i} (x_j - m_0), \qquad
+              S_i = S_0 + w \sum_{j \le i} (x_j - m_{j-1})(x_j - m_j).
 
     Returns:
         Mean (float64) and variance (float32, as in RLlib) after each value, both [n, ...].
     """
     before = stat.num_pushes
-    counts = np.arange(before + 1, before + len(x) + 1, dtype=np.float64).reshape(-1, *[1] * (x.ndim - 1))
+    counts = before + weight * np.arange(1.0, len(x) + 1).reshape(-1, *[1] * (x.ndim - 1))
     centred = x - stat.mean_array
-    shift = centred.cumsum(0) / counts
+    shift = weight * centred.cumsum(0) / counts
     previous = np.concatenate([np.zeros_like(shift[:1]), shift[:-1]])
-    squares = ((centred - previous) * (centred - shift)).cumsum(0)
+    squares = weight * ((centred - previous) * (centred - shift)).cumsum(0)
     mean, sum_of_squares = stat.mean_array + shift, stat.sum_sq_diff_array + squares
     stat.mean_array[...], stat.sum_sq_diff_array[...] = mean[-1], sum_of_squares[-1]
-    stat.num_pushes += len(x)
+    stat.num_pushes += weight * len(x)
     # A single value has no variance: RLlib calls it 0.
     variance = (sum_of_squares / np.maximum(counts - 1, 1)).astype(np.float32)
     if before == 0:

@@ -293,7 +293,8 @@ class _Rollout:
         self._actor = make_actor(runner.module, runner._device, explore)
         first = runner._env_to_module.connectors[0]
         self._filter: MeanStdFilter | None = first if _is_filter(first) else None
-        self._normalizer = None if self._filter is None else Normalizer(self._filter)
+        share = runner.config.num_env_runners if runner.worker_index else 1
+        self._normalizer = None if self._filter is None else Normalizer(self._filter, max(1, share))
         self._bounds = runner._module_to_env.connectors[_MODULE_TO_ENV.index(NormalizeAndClipActions)]
         self._keep_lists = runner._overrides("on_episode_end")
         self._seconds = {"actor": 0.0, "filter": 0.0, "bounds": 0.0}

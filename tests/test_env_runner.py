@@ -240,6 +240,31 @@ def test_statistics_of_many_batches_are_those_of_single_pushes():
         assert_same_statistics(stock, batched)
 
 
+def test_weighted_values_count_as_many():
+    rng = np.random.default_rng(0)
+    once, weighted = RunningStat((3,)), RunningStat((3,))
+    x = rng.normal(5.0, 2.0, (50, 3))
+    push(once, x)
+    push(weighted, x)
+    y = rng.normal(-5.0, 1.0, (20, 3))
+    push(once, np.repeat(y, 4, axis=0))
+    mean, variance = push(weighted, y, weight=4)
+    assert weighted.num_pushes == once.num_pushes == 130
+    np.testing.assert_allclose(mean[-1], once.mean, rtol=1e-12)
+    np.testing.assert_allclose(variance[-1], once.var, rtol=1e-6)
+
+
+def test_a_runner_of_several_keeps_pace_with_all_of_them_and_reports_what_it_saw():
+    """One of three EnvRunners, before any merge."""
+    made = runner(BatchedEnvRunner, config(filtered=True).env_runners(num_env_runners=3), worker_index=1)
+    for _ in range(20):
+        made.sample()
+    stat = _filter(made).running_stats
+    # The first observations come from RLlib's own reset.
+    assert 2.5 * stat.num_pushes_delta < stat.num_pushes <= 3 * stat.num_pushes_delta
+    np.testing.assert_allclose(stat.mean_array, stat.mean_delta_array, atol=0.02)
+
+
 def test_rllibs_merge_of_several_env_runners_gives_the_statistics_of_all_observations():
     """Which it does not from the deltas that its own filter leaves: the second merge shows it."""
     rng = np.random.default_rng(0)
