@@ -121,7 +121,7 @@ def contrast(late: dict[str, np.ndarray], plus: list[str], minus: list[str]) -> 
 def summary(groups: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[float, float]]:
     """Differences with their standard errors, by name."""
     late = {name: np.array([run["late_return"] for run in runs]) for name, runs in groups.items()}
-    found = {name: contrast(late, [name], ["one_process"]) for name in late if name != "one_process"}
+    found = {name: contrast(late, [name], ["one_process"]) for name in late if "one_process" in set(late) - {name}}
     if set(late) == set(GROUPS):
         found["effect of EnvRunners"] = contrast(late, ["env_runners", "cluster"], ["one_process", "learners"])
         found["effect of learners"] = contrast(late, ["learners", "cluster"], ["one_process", "env_runners"])
