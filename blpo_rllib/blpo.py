@@ -421,8 +421,9 @@ class BLPO(PPO):
             super().setup(config)
             if self._storage is not None:
                 self._resume(self._storage)
-        except RayActorError:
-            if self._storage is not None:
+        except RayActorError as error:
+            # One whose constructor raised is a wrong setting, for the user to read.
+            if self._storage is not None and not error.actor_init_failed:
                 _end_process()
             raise
 

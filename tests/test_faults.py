@@ -17,12 +17,14 @@ import pyarrow.fs
 import pytest
 import ray
 import torch
+from ray import tune
 
 # isort: split
 # Ray brings its own, and finds it once it is imported itself.
 import psutil
 
-from blpo_rllib import checkpoints, example_script
+from blpo_rllib import BLPOConfig, checkpoints, example_script
+from blpo_rllib.learner import BLPOTorchLearner
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tuned_examples")]
@@ -159,6 +161,18 @@ def test_starts_again_when_a_learner_dies_while_it_is_made(tmp_path):
         example.kill_a_learner()
         example.wait_for_checkpoint(0)
         assert example.end_with(signal.SIGTERM) == 128 + signal.SIGTERM
+
+
+def test_a_learner_that_cannot_be_made_is_said_to_the_user(tmp_path):
+    class Unmade(BLPOTorchLearner):
+        def __init__(self, **kwargs):
+            raise FileNotFoundError("the teacher's weights")
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    config = BLPOConfig().environment("CartPole-v1").learners(num_learners=1, learner_class=Unmade)
+    results = tune.Tuner("BLPO", param_space=config, run_config=tune.RunConfig(storage_path=str(tmp_path))).fit()
+    ray.shutdown()
+    assert "FileNotFoundError: the teacher's weights" in str(results.errors[0])
 
 
 @pytest.fixture
