@@ -4,6 +4,8 @@
     python benchmarks/compare.py --tasks cartpole hopper --algorithms blpo ppo --resume
     python benchmarks/report.py --results results/compare
 
+    python benchmarks/compare.py --seeds 5 --output benchmarks/results/compare --resume    # goes on with the kept runs
+
 One core and one thread per run. Runs that ended are in ``runs.parquet`` at any moment, a row per evaluation, and are
 not run again; an interrupted one starts anew with --resume, which may also add tasks, algorithms and seeds. Who
 competes, with what settings: contestants.py. Needs pip install "blpo_rllib[compare]".
