@@ -23,7 +23,7 @@ from ray import tune
 # Ray brings its own, and finds it once it is imported itself.
 import psutil
 
-from blpo_rllib import BLPOConfig, checkpoints, example_script
+from blpo_rllib import BLPO, BLPOConfig, checkpoints, example_script
 from blpo_rllib.learner import BLPOTorchLearner
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,7 +170,7 @@ def test_a_learner_that_cannot_be_made_is_said_to_the_user(tmp_path):
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     config = BLPOConfig().environment("CartPole-v1").learners(num_learners=1, learner_class=Unmade)
-    results = tune.Tuner("BLPO", param_space=config, run_config=tune.RunConfig(storage_path=str(tmp_path))).fit()
+    results = tune.Tuner(BLPO, param_space=config, run_config=tune.RunConfig(storage_path=str(tmp_path))).fit()
     ray.shutdown()
     assert "FileNotFoundError: the teacher's weights" in str(results.errors[0])
 
