@@ -3,7 +3,6 @@
     python benchmarks/on_cluster.py --seeds 0 1 2 --stop-timesteps 120000
     python benchmarks/on_cluster.py --seeds 3 4 --stop-timesteps 120000 --add
     python benchmarks/on_cluster.py --groups env_runners learners --seeds 0 1 2 --stop-timesteps 120000 --add
-    python benchmarks/on_cluster.py --raw --groups one_process env_runners --seeds 0 1 2 --output raw.json
 
 =========== =========== ======== =====================================================
 group       EnvRunners  learners where
@@ -50,7 +49,7 @@ def count_return(*, episode: Any, metrics_logger: Any, **_: Any) -> None:
     metrics_logger.log_value("returns", 1, reduce="sum", clear_on_reduce=True)
 
 
-def setup(seed: int, num_env_runners: int, num_learners: int, raw: bool) -> Any:
+def setup(seed: int, num_env_runners: int, num_learners: int) -> Any:
     """The example with segments of 320 steps, of which each of two learners gets one a minibatch."""
     parts = max(1, num_learners)
     c = config().training(
@@ -58,8 +57,6 @@ def setup(seed: int, num_env_runners: int, num_learners: int, raw: bool) -> Any:
     )
     c.env_runners(num_env_runners=num_env_runners, num_envs_per_env_runner=NUM_ENVS // max(1, num_env_runners))
     c.learners(num_learners=num_learners, num_cpus_per_learner=1).callbacks(on_episode_end=count_return)
-    if raw:
-        c.env_runners(env_to_module_connector=None)
     return c.debugging(seed=seed, log_level="ERROR")
 
 
@@ -68,9 +65,9 @@ def node_of(_: Any) -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def train(seed: int, group: str, timesteps: int, raw: bool) -> dict[str, Any]:
+def train(seed: int, group: str, timesteps: int) -> dict[str, Any]:
     """One run: environment steps and mean return of each iteration, and the nodes its processes were on."""
-    algo, rows, start = setup(seed, *GROUPS[group], raw).build_algo(), [], time.monotonic()
+    algo, rows, start = setup(seed, *GROUPS[group]).build_algo(), [], time.monotonic()
     nodes = set(algo.env_runner_group.foreach_env_runner(node_of, local_env_runner=GROUPS[group][0] == 0))
     nodes |= {result.get() for result in algo.learner_group.foreach_learner(node_of)}
     while not rows or rows[-1][0] < timesteps:
@@ -91,7 +88,7 @@ def train(seed: int, group: str, timesteps: int, raw: bool) -> dict[str, Any]:
     }
 
 
-def run_group(group: str, seeds: list[int], timesteps: int, raw: bool) -> list[dict[str, Any]]:
+def run_group(group: str, seeds: list[int], timesteps: int) -> list[dict[str, Any]]:
     """The runs of one group, one after the other."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2}) if group == "cluster" else None
     if cluster is None:
@@ -103,7 +100,7 @@ def run_group(group: str, seeds: list[int], timesteps: int, raw: bool) -> list[d
         ray.init(address=cluster.address, log_to_driver=False)
     runs = []
     for seed in seeds:
-        runs.append(train(seed, group, timesteps, raw))
+        runs.append(train(seed, group, timesteps))
         print(group, {k: v for k, v in runs[-1].items() if not isinstance(v, list)}, flush=True)
     ray.shutdown()
     if cluster is not None:
@@ -135,7 +132,6 @@ def main() -> None:
     parser.add_argument("--stop-timesteps", type=int, default=200_000)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "on_cluster.json")
     parser.add_argument("--add", action="store_true", help="keep the runs at --output, with other seeds or groups")
-    parser.add_argument("--raw", action="store_true", help="observations as they are, without MeanStdFilter")
     args = parser.parse_args()
     groups: dict[str, list[dict[str, Any]]] = {}
     if args.add:
@@ -144,11 +140,11 @@ def main() -> None:
             parser.error(f"{args.output} holds runs of {kept['timesteps']} steps, not {args.stop_timesteps}")
         groups = kept["runs"]
     for group in args.groups:
-        groups.setdefault(group, []).extend(run_group(group, args.seeds, args.stop_timesteps, args.raw))
+        groups.setdefault(group, []).extend(run_group(group, args.seeds, args.stop_timesteps))
     found = summary(groups)
     for name, (difference, error) in found.items():
         print(f"{name}: {difference:+} ± {error}")
-    report = {**provenance(), "timesteps": args.stop_timesteps, "raw": args.raw, "differences": found, "runs": groups}
+    report = {**provenance(), "timesteps": args.stop_timesteps, "differences": found, "runs": groups}
     args.output.write_text(json.dumps(report) + "\n")
 
 

@@ -73,8 +73,6 @@ def train(folder: Path, project: str | None, timesteps: int) -> dict[str, float]
     sys.path.insert(0, str(ROOT / "tuned_examples"))
     from cartpole_blpo import config
 
-    # What happens after training is not its cost.
-    tracking.FINISH_SECONDS = 5.0
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     moments: list[float] = []
     inside: list[float] = []
@@ -86,7 +84,8 @@ def train(folder: Path, project: str | None, timesteps: int) -> dict[str, float]
     callbacks = tracking.trackers("cartpole", "tracker-cost", folder, project)
     for callback in callbacks:
         if isinstance(callback, tracking.InBackground):
-            callback._finish_seconds = tracking.FINISH_SECONDS
+            # What happens after training is not its cost.
+            callback._finish_seconds = 5.0
             log = callback.log_trial_result
 
             def timed(*args: Any, log: Any = log) -> None:

@@ -1,8 +1,7 @@
 """What each part of BLPO's published settings does: training runs that differ in one part at a time.
 
     python benchmarks/variants.py cartpole --seeds 5 --steps 150000 --workers 2
-    python benchmarks/variants.py acrobot --seeds 5 --steps 150000 --workers 2
-    python benchmarks/variants.py hopper --seeds 3 --steps 600000 --workers 2
+    python benchmarks/variants.py hopper --seeds 3 --steps 450000 --workers 2
 
 Nesting alone; the published correction; one of the same norm in another direction; v/ρ in place of the
 inverse-Hessian-vector product; the cross term as a mean, with the bound and without; less damping; other solvers. One

@@ -52,7 +52,7 @@ class Nodes:
         return self.cluster.address
 
     def processes(self, kind: str) -> list[psutil.Process]:
-        return [p for node in self.workers for p in _children(_raylet(node)) if TITLES[kind] in _title(p)]
+        return [p for node in self.workers for p in descendants(_raylet(node), kind)]
 
     def strike(self, chance: random.Random) -> str:
         """Kills one of a kind that is there at the moment; says which."""
@@ -76,6 +76,11 @@ class Nodes:
 
 def _raylet(node) -> psutil.Process:
     return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+
+def descendants(process: psutil.Process, kind: str) -> list[psutil.Process]:
+    """The processes under this one that are EnvRunners or learners, as ``kind`` says."""
+    return [p for p in _children(process) if TITLES[kind] in _title(p)]
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

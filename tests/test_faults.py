@@ -1,6 +1,5 @@
 """The tuned example as a process: killed, resumed, ended by a signal; and the command line that says so."""
 
-import contextlib
 import json
 import os
 import re
@@ -12,16 +11,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import chaos
 import numpy as np
 import pyarrow.fs
 import pytest
 import ray
 import torch
 from ray import tune
-
-# isort: split
-# Ray brings its own, and finds it once it is imported itself.
-import psutil
 
 from blpo_rllib import BLPO, BLPOConfig, checkpoints, example_script
 from blpo_rllib.learner import BLPOTorchLearner
@@ -70,11 +66,9 @@ class Example:
         """As soon as there is one: while it is being made."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            for process in psutil.Process(self.process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    if any("_WrappedExecutable" in word for word in process.cmdline()):
-                        process.kill()
-                        return
+            if learners := chaos.descendants(chaos.psutil.Process(self.process.pid), "learner"):
+                learners[0].kill()
+                return
             time.sleep(0.02)
         raise AssertionError(self.log.read_text()[-3000:])
 

@@ -259,7 +259,9 @@ def test_slow_endpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         folder, slow, whole = run_with(f"http://127.0.0.1:{serve(Silent)}", tmp_path / "slow", patch)
     with monkeypatch.context() as patch:
-        _, without, whole_without = run_with("http://127.0.0.1:9", tmp_path / "without", patch, project="")
+        _, without, whole_without = run_with(
+            f"http://127.0.0.1:{DISCARD_PORT}", tmp_path / "without", patch, project=""
+        )
     print(f"median iteration {slow:.4f} s beside a silent endpoint, {without:.4f} s without W&B")
     print(f"the whole run {whole:.1f} s and {whole_without:.1f} s")
     # The processors are shared: what is meant to be excluded is waiting for the tracker.
