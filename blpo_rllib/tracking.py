@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import wandb
-from ray.air.integrations.wandb import WANDB_ENV_VAR, WANDB_MODE_ENV_VAR, WandbLoggerCallback, _WandbLoggingActor
+from ray.air.integrations.wandb import WANDB_ENV_VAR, WANDB_MODE_ENV_VAR, WandbLoggerCallback
+from ray.cloudpickle import register_pickle_by_value
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.tune.experiment import Trial
 from ray.tune.logger import LoggerCallback, TBXLoggerCallback
 from ray.tune.result import TRAINING_ITERATION
 
+from blpo_rllib import wandb_process
 from blpo_rllib.metrics import grouped
 from blpo_rllib.progress import RichReporter
 
@@ -33,6 +35,8 @@ INIT_SECONDS = 30.0
 FINISH_SECONDS = 60.0
 # Events that wait for a tracker; if there are more it loses some.
 MOST_WAITING = 1000
+
+register_pickle_by_value(wandb_process)
 
 
 def trackers(
@@ -106,25 +110,6 @@ class GroupedTensorBoard(TBXLoggerCallback):
             logger.exception("TensorBoard did not take a result of %s; training goes on", trial)
 
 
-class _GroupedActor(_WandbLoggingActor):
-    """Ray's process for a W&B run, which sends grouped metrics, and writes files where W&B cannot be reached."""
-
-    def run(self) -> None:
-        try:
-            super().run()
-        except (wandb.errors.Error, OSError) as error:
-            # Nothing was taken from the queue: it is the start of the run that fails so.
-            logger.warning("W&B could not begin run %s, which goes to files: %s", self.kwargs["id"], error)
-            # W&B's own process still holds the run that did not begin.
-            self._wandb.teardown()
-            self.kwargs["mode"] = "offline"
-            super().run()
-
-    def _handle_result(self, result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        _, config = super()._handle_result(result)
-        return {**grouped(result), TRAINING_ITERATION: result[TRAINING_ITERATION]}, config
-
-
 class GroupedWandb(WandbLoggerCallback):
     """Ray's W&B logger with grouped metrics, provenance, and runs that go on when their trials do.
 
@@ -134,7 +119,7 @@ class GroupedWandb(WandbLoggerCallback):
         **kwargs: Ray's own, and those of ``wandb.init``.
     """
 
-    _logger_actor_cls = _GroupedActor
+    _logger_actor_cls = wandb_process.OfflineFallback
 
     def __init__(self, *, task: str, output: Path, **kwargs: Any):
         self._output = str(Path(output).resolve())
@@ -156,6 +141,10 @@ class GroupedWandb(WandbLoggerCallback):
         config = {**init["config"], "algorithm": "BLPO", "git_revision": git_revision(), "sweep": self.group}
         run = {"id": self.run_id(trial), "resume": "allow", "name": str(trial), "config": config}
         super()._start_logging_actor(trial, exclude_results, **(init | run))
+
+    def log_trial_result(self, iteration: int, trial: Trial, result: dict[str, Any]) -> None:
+        kept = {name: result[name] for name in (TRAINING_ITERATION, "config", *self.AUTO_CONFIG_KEYS) if name in result}
+        super().log_trial_result(iteration, trial, grouped(result) | kept)
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         super().on_experiment_end(trials, **info)

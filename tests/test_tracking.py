@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ray.cloudpickle
 from ray.tune.logger import LoggerCallback
 from rich.console import Console
 from wandb_files import Run
@@ -125,6 +126,17 @@ def test_a_trial_that_is_started_again_has_the_same_wandb_run(tmp_path):
 
     assert run_id(tmp_path / "a", "x") == run_id(tmp_path / "a", "x")
     assert len({run_id(tmp_path / folder, name) for folder in "ab" for name in "xy"}) == 4
+
+
+def test_the_process_of_a_wandb_run_imports_little(tmp_path):
+    path = tmp_path / "class.pkl"
+    path.write_bytes(ray.cloudpickle.dumps(GroupedWandb._logger_actor_cls))
+    script = (
+        f"import sys, ray.cloudpickle\nfound = ray.cloudpickle.loads(open({str(path)!r}, 'rb').read())\n"
+        "print(found.__mro__[1].__name__, sorted({'torch', 'ray.rllib', 'blpo_rllib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "_WandbLoggingActor []"
 
 
 def test_git_revision(tmp_path):
