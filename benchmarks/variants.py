@@ -63,15 +63,23 @@ class Variant:
     Attributes:
         training: Arguments of ``BLPOConfig.training()``.
         direction: Key of :data:`DIRECTIONS`; None: the correction's own.
+        actor_rate: The actor's learning rate is the example's times this.
     """
 
     training: Mapping[str, Any] = field(default_factory=dict)
     direction: str | None = None
+    actor_rate: float = 1.0
+
+    def config(self, example: str) -> BLPOConfig:
+        """The tuned example of a task with the differences."""
+        config = tuned_example(example, "envpool").training(**self.training)
+        return config.training(actor_lr=self.actor_rate * config.actor_lr)
 
 
 VARIANTS = {
     "no nesting": Variant({"hypergradient": "none", "num_critic_updates": 1}),
     BASELINE: Variant({"hypergradient": "none"}),
+    **{f"nested, {r:g} × actor rate": Variant({"hypergradient": "none"}, actor_rate=r) for r in (2.0, 4.0)},
     "published": Variant(),
     **{f"published, {name}": Variant(direction=name) for name in DIRECTIONS},
     "v/ρ": Variant({"hypergradient": "scaled_identity"}),
@@ -150,8 +158,7 @@ def run_all(example: str, names: list[str], seeds: int, steps: int, folder: Path
             name, how = file_name(variant, seed), VARIANTS[variant]
             if name in ended and ended[name]["steps_wanted"] == steps:
                 continue
-            config = tuned_example(example, "envpool").training(**how.training)
-            config.debugging(seed=seed, log_level="ERROR")
+            config = how.config(example).debugging(seed=seed, log_level="ERROR")
             about = {"variant": variant, "seed": seed, "steps_wanted": steps}
             direction = None if how.direction is None else DIRECTIONS[how.direction]
             tasks[run.remote(config, direction, steps, folder, name, about)] = name
