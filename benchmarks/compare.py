@@ -27,7 +27,7 @@ from typing import Any
 import pandas as pd
 import ray
 import torch
-from contestants import ALGORITHMS, PPO_TUNED, SIMULATORS, TASKS, algorithms_of, contestant
+from contestants import NAMES, SIMULATORS, TASKS, contestant, contestants_of
 from ray import tune
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
@@ -94,7 +94,7 @@ class ComparePlan:
             ({"task": task, "algorithm": algorithm, "steps": steps, "simulator": self.simulator}, seed)
             for task, steps in self.tasks.items()
             for seed in range(self.seeds)
-            for algorithm in algorithms_of(task)
+            for algorithm in contestants_of(task)
             if algorithm in self.algorithms
         ]
         return {self.trial_name(point, seed): (point, seed) for point, seed in pairs}
@@ -235,7 +235,7 @@ def take_folder(plan: ComparePlan, output: Path, resume: bool) -> None:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    p.add_argument("--algorithms", nargs="+", choices=[*ALGORITHMS, PPO_TUNED], default=[*ALGORITHMS, PPO_TUNED])
+    p.add_argument("--algorithms", nargs="+", choices=NAMES, default=NAMES)
     p.add_argument("--seeds", type=int, default=5, help="runs of each algorithm on each task")
     p.add_argument("--steps", type=int, help="environment steps of each run (by task: see contestants.py)")
     p.add_argument("--simulator", choices=SIMULATORS, default="envpool", help="of the MuJoCo tasks")

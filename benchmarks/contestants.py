@@ -6,15 +6,18 @@ the same effort. Effort before this comparison differs: the paper's authors chos
 the cross clip ε_F of six tasks from N in {2, 3, 5, 7, 10}, b in {0.8, 1, 1.2, 1.4, 2}, ε_F in {0.8, 1, 1.2}; what RLlib
 tried for its own settings is not known.
 
-========== ==============================================================================================
-blpo       the tuned example
-blpo_cg    the same with 20 conjugate-gradient steps on the undamped Hessian instead of Nyström's rows
-nested_ppo the same without the hypergradient: nested critic steps alone
-ppo        RLlib's PPO learner with the example's networks, batch, epochs, minibatch size, discounts, clip and
-           actor's learning rate (one optimizer, hence also the critic's), without KL penalty and value clipping
-ppo_tuned  RLlib's PPO as RLlib publishes it for the task by name (rllib/examples/algorithms/ppo: CartPole, Hopper,
-           Walker2d, HalfCheetah, Humanoid): its own networks, batches and rates, rewards as they are
-========== ==============================================================================================
+============ ============================================================================================
+blpo         the tuned example
+blpo_cg      the same with 20 conjugate-gradient steps on the undamped Hessian instead of Nyström's rows
+nested_ppo   the same without the hypergradient: nested critic steps alone
+ppo          RLlib's PPO learner with the example's networks, batch, epochs, minibatch size, discounts, clip and
+             actor's learning rate (one optimizer, hence also the critic's), without KL penalty and value clipping
+blpo_small   blpo with tuned_examples/small_batches.py, on MuJoCo tasks
+nested_small nested_ppo with the same
+ppo_small    ppo with the same
+ppo_tuned    RLlib's PPO as RLlib publishes it for the task by name (rllib/examples/algorithms/ppo: CartPole, Hopper,
+             Walker2d, HalfCheetah, Humanoid): its own networks, batches and rates, rewards as they are
+============ ============================================================================================
 
 All of them sample with the same EnvRunner (:class:`~blpo_rllib.env_runner.BatchedEnvRunner`) from the same simulator,
 so that differences in time are differences in learning. ``ppo`` normalises observations and rewards by BLPO's own
@@ -54,6 +57,10 @@ from blpo_rllib.envpool import PREFIX
 from blpo_rllib.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
 
 sys.path.append(str(Path(__file__).parent.parent / "tuned_examples"))
+from small_batches import small_batches
+
+# A contestant's configuration, from the tuned example of the task.
+Contestant = Callable[[BLPOConfig], AlgorithmConfig]
 
 # Environment steps by tuned example, the cheapest first: that is the order in which they run.
 TASKS = {
@@ -164,23 +171,28 @@ def _ppo_on_the_same_steps(config: BLPOConfig) -> PPOConfig:
     )
 
 
-# Published for these by name.
-TUNED = {"cartpole": ppo_tuned_classic} | dict.fromkeys(
-    ("hopper", "walker2d", "halfcheetah", "humanoid"), ppo_tuned_mujoco
-)
-
-ALGORITHMS: dict[str, Callable[[BLPOConfig], AlgorithmConfig]] = {
+ALGORITHMS: dict[str, Contestant] = {
     "blpo": lambda config: config,
     "blpo_cg": lambda config: config.training(hypergradient="cg"),
     "nested_ppo": lambda config: config.training(hypergradient="none"),
     "ppo": ppo,
 }
-PPO_TUNED = "ppo_tuned"
+SMALL: dict[str, Contestant] = {
+    "blpo_small": small_batches,
+    "nested_small": lambda config: ALGORITHMS["nested_ppo"](small_batches(config)),
+    "ppo_small": lambda config: ppo(small_batches(config)),
+}
+NAMES = [*ALGORITHMS, *SMALL, "ppo_tuned"]
+# Published for these by name.
+TUNED: dict[str, Contestant] = {"cartpole": ppo_tuned_classic} | dict.fromkeys(
+    ("hopper", "walker2d", "halfcheetah", "humanoid"), ppo_tuned_mujoco
+)
 
 
-def algorithms_of(task: str) -> list[str]:
-    """Those that there are settings for."""
-    return [*ALGORITHMS, PPO_TUNED] if task in TUNED else list(ALGORITHMS)
+def contestants_of(task: str) -> dict[str, Contestant]:
+    """Those that there are settings for, by name."""
+    small = {} if task in CLASSIC else SMALL
+    return ALGORITHMS | small | ({"ppo_tuned": TUNED[task]} if task in TUNED else {})
 
 
 def contestant(task: str, algorithm: str, seed: int, steps: int, simulator: str) -> AlgorithmConfig:
@@ -188,13 +200,12 @@ def contestant(task: str, algorithm: str, seed: int, steps: int, simulator: str)
 
     Args:
         task: One of TASKS.
-        algorithm: One of :func:`algorithms_of` the task.
+        algorithm: One of :func:`contestants_of` the task.
         seed: Seed of everything but the evaluations.
         steps: Environment steps of the run, which its evaluations divide.
         simulator: One of SIMULATORS, for the tasks that EnvPool is quicker at.
     """
-    make = TUNED[task] if algorithm == PPO_TUNED else ALGORITHMS[algorithm]
-    config = make(example(task, simulator))
+    config = contestants_of(task)[algorithm](example(task, simulator))
     batch = config.train_batch_size_per_learner
     return (
         config.reporting(min_sample_timesteps_per_iteration=batch * max(1, round(steps / EVALUATIONS / batch)))

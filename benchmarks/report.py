@@ -32,7 +32,7 @@ from unittest import mock
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from contestants import ALGORITHMS, EVALUATION_EPISODES, PPO_TUNED, TASKS, TUNING_BUDGET, algorithms_of
+from contestants import ALGORITHMS, EVALUATION_EPISODES, NAMES, TASKS, TUNING_BUDGET, contestants_of
 from pandas.util import _decorators
 from scipy.stats import trim_mean
 
@@ -61,7 +61,8 @@ BOOTSTRAP_SEED = 0
 REPETITIONS = 2000
 GRID = 41
 BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
-COLORS = dict(zip([*ALGORITHMS, PPO_TUNED], ("tab:blue", "tab:purple", "tab:green", "tab:orange", "0.5"), strict=True))
+HUES = ("tab:blue", "tab:purple", "tab:green", "tab:orange", "navy", "darkgreen", "tab:red", "0.5")
+COLORS = dict(zip(NAMES, HUES, strict=True))
 
 STANDINGS = {"above": "apart, BLPO's above", "below": "apart, BLPO's below", "overlap": "over each other"}
 
@@ -116,7 +117,7 @@ class Runs:
         most = max(len(self.seeds(t, a)) for t in self.tasks for a in self.algorithms)
         lines = []
         for task in TASKS:
-            for algorithm in algorithms_of(task):
+            for algorithm in contestants_of(task):
                 count = len(self.seeds(task, algorithm))
                 if count < most:
                     lines.append(f"{task}: {algorithm} has {count} of {most} seeds")

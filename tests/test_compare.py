@@ -34,7 +34,7 @@ def contestant(task, algorithm, simulator="gymnasium"):
 
 @pytest.mark.parametrize("task", contestants.TASKS)
 def test_all_contestants_of_a_task_are_valid_and_sample_alike(task):
-    for algorithm in contestants.algorithms_of(task):
+    for algorithm in contestants.contestants_of(task):
         config = contestant(task, algorithm, "envpool")
         config.validate()
         assert config.env_runner_cls is contestants.BatchedEnvRunner
@@ -42,9 +42,13 @@ def test_all_contestants_of_a_task_are_valid_and_sample_alike(task):
         assert config.num_env_runners == config.num_learners == 0
 
 
-@pytest.mark.parametrize("task", contestants.TASKS)
-def test_ppo_differs_from_blpo_in_the_algorithm_alone(task):
-    blpo, ppo = contestant(task, "blpo"), contestant(task, "ppo")
+PAIRS = [(task, "") for task in contestants.TASKS] + [("hopper", "_small"), ("humanoid", "_small")]
+
+
+@pytest.mark.parametrize(("task", "batches"), PAIRS)
+def test_ppo_differs_from_blpo_in_the_algorithm_alone(task, batches):
+    blpo, ppo = contestant(task, "blpo" + batches), contestant(task, "ppo" + batches)
+    assert blpo.train_batch_size_per_learner == 2048 or not batches
     for name in (
         *SHARED,
         "num_envs_per_env_runner",
