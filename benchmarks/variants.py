@@ -209,7 +209,7 @@ def statistics(by_variant: dict[str, list[dict[str, Any]]]) -> dict[str, dict[st
         if baseline:
             base, base_error = spread(baseline)
             row |= {"difference": mean - base, "difference_error": float(np.hypot(error, base_error))}
-        for key in ("mixed_grad_cosine", "bound_active_fraction", "mixed_norm", "actor_grad_norm"):
+        for key in ("mixed_grad_cosine", "bound_active_fraction", "mixed_norm", "actor_grad_norm", "approx_kl"):
             values = [r[metric_name(key)] for r in records if metric_name(key) in r]
             row[key] = float(np.mean(values)) if values else float("nan")
         found[name] = row | {"curve": np.mean([r["curve"] for r in records], axis=0).tolist()}
