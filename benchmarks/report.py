@@ -32,7 +32,7 @@ from unittest import mock
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from contestants import ALGORITHMS, EVALUATION_EPISODES, NAMES, TASKS, TUNING_BUDGET, contestants_of
+from contestants import EVALUATION_EPISODES, NAMES, TASKS, TUNING_BUDGET, contestants_of
 from pandas.util import _decorators
 from scipy.stats import trim_mean
 
@@ -212,27 +212,29 @@ def improvement(runs: Runs, tasks: Sequence[str], algorithm: str) -> Estimate | 
 
 
 def overall_table(runs: Runs) -> pd.DataFrame:
-    """Interquartile means of scores over the tasks that all algorithms made for all tasks have runs on."""
-    general = [name for name in ALGORITHMS if name in runs.algorithms]
-    tasks = shared_tasks(runs, general)
+    """Interquartile means of scores over the tasks that BLPO and PPO have runs on, or those of them that an algorithm
+    has; with BLPO's on the same tasks."""
+    shared = shared_tasks(runs, (SUBJECT, BASELINE))
     rows = []
     for algorithm in runs.algorithms:
-        own = [task for task in tasks if runs.seeds(task, algorithm)]
-        whole = bool(tasks) and own == tasks
-        final = matrix(runs, tasks, algorithm, final_return) if whole else None
+        tasks = [task for task in shared if runs.seeds(task, algorithm)]
         rows.append(
             {
                 "algorithm": algorithm,
-                "tasks": len(own),
-                "seeds": "" if not own else min(len(runs.seeds(task, algorithm)) for task in own),
-                "final score": "–" if final is None else interval_text(estimate(final, iqm), 3),
-                "mean score": "–"
-                if final is None
-                else interval_text(estimate(matrix(runs, tasks, algorithm, area), iqm), 3),
-                "P(better than PPO)": interval_text(improvement(runs, own, algorithm), 2),
+                "tasks": len(tasks),
+                "seeds": min((len(runs.seeds(task, algorithm)) for task in tasks), default="–"),
+                "final score": score_text(runs, tasks, algorithm, final_return),
+                "mean score": score_text(runs, tasks, algorithm, area),
+                f"{SUBJECT}'s there": score_text(runs, tasks, SUBJECT, area),
+                "P(better than PPO)": interval_text(improvement(runs, tasks, algorithm), 2),
             }
         )
     return pd.DataFrame(rows)
+
+
+def score_text(runs: Runs, tasks: Sequence[str], algorithm: str, number: Callable[[pd.DataFrame], float]) -> str:
+    """Interquartile mean and interval of an algorithm's scores over tasks."""
+    return interval_text(estimate(matrix(runs, tasks, algorithm, number), iqm), 3) if tasks else "–"
 
 
 def task_table(runs: Runs) -> pd.DataFrame:
@@ -372,11 +374,12 @@ def _iqm_along(values: np.ndarray) -> np.ndarray:
 
 
 def performance_profiles(runs: Runs) -> Any:
-    """Share of runs whose final score is above a threshold, over the tasks that all algorithms here have runs on."""
-    algorithms = [name for name in ALGORITHMS if name in runs.algorithms]
-    tasks = shared_tasks(runs, algorithms)
+    """Share of runs whose final score is above a threshold, over the tasks that BLPO and PPO have runs on, for the
+    algorithms that have runs on all of them."""
+    tasks = shared_tasks(runs, (SUBJECT, BASELINE))
     if not tasks:
         return None
+    algorithms = [name for name in runs.algorithms if all(runs.seeds(task, name) for task in tasks)]
     thresholds = np.linspace(0, 1, 51)
     scores = {name: matrix(runs, tasks, name, final_return) for name in algorithms}
     np.random.seed(BOOTSTRAP_SEED)

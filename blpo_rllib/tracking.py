@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import logging
 import os
 import queue
@@ -138,12 +139,15 @@ class GroupedWandb(WandbLoggerCallback):
         super().setup(*args, **kwargs)
 
     def _start_logging_actor(self, trial: Trial, exclude_results: list[str], **init: Any) -> None:
-        config = {**init["config"], "algorithm": "BLPO", "git_revision": git_revision(), "sweep": self.group}
+        # Plain values: to read an object of RLlib's, W&B's processes would import RLlib and torch.
+        plain = json.loads(json.dumps(init["config"], default=str, skipkeys=True))
+        config = {**plain, "algorithm": "BLPO", "git_revision": git_revision(), "sweep": self.group}
         run = {"id": self.run_id(trial), "resume": "allow", "name": str(trial), "config": config}
         super()._start_logging_actor(trial, exclude_results, **(init | run))
 
     def log_trial_result(self, iteration: int, trial: Trial, result: dict[str, Any]) -> None:
-        kept = {name: result[name] for name in (TRAINING_ITERATION, "config", *self.AUTO_CONFIG_KEYS) if name in result}
+        # Without the configuration, which is cleaned, pickled and read three times for each result; W&B has it already.
+        kept = {name: result[name] for name in (TRAINING_ITERATION, *self.AUTO_CONFIG_KEYS) if name in result}
         super().log_trial_result(iteration, trial, grouped(result) | kept)
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
