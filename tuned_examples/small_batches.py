@@ -1,4 +1,4 @@
-"""A MuJoCo example with batches a tenth the size, for runs of a million steps: 49 of the published ones.
+"""A MuJoCo example with a tenth of its batch, for runs of a million steps, which are 49 of the published batches.
 
 python tuned_examples/small_batches.py hopper
 python tuned_examples/small_batches.py halfcheetah --seed 3 --output results/halfcheetah_small --resume
