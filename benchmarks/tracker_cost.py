@@ -4,23 +4,31 @@
 
 Trains the CartPole example with Tune, each time in a process of its own: without W&B, and with W&B against a port on
 loopback where nobody listens, against a server that takes requests and never answers, and against one that answers 401.
-Printed and kept: the share of training's time that Tune's loop spent inside W&B's callback, which is what training
-waits for; and the time of the second half of the iterations, and of all, over those without W&B in the same round.
-These have the noise of the machine in them, and the processor time of W&B's own processes, most of it while they
-start.
+Runs on a shared machine differ by more than W&B costs, so each is compared with itself. Its first iterations, during
+which W&B starts, and those of every other block after them are logged; those of the remaining blocks are not.
+
+inside  share of training's time that Tune's loop spent in W&B's callback, which is what training waits for
+rows    time of the logged blocks over that of the blocks that are not logged, less the same in runs without W&B; the
+        mean over pairs of blocks of all rounds with its standard error
+start   seconds that the first iterations took beyond the pace of the blocks that are not logged, less the same in runs
+        without W&B; the mean over rounds with its standard error
+whole   rows + start / seconds of the example: the part by which W&B lengthens it
 """
 
 from __future__ import annotations
 
 import argparse
 import http.server
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +40,8 @@ ROOT = Path(__file__).parents[1]
 ENDPOINTS = ("none", "dead", "silent", "refusing")
 # Where nobody listens.
 DISCARD_PORT = 9
+# Iterations until W&B has surely started, and of each block after them.
+FIRST, BLOCK = 200, 16
 
 
 class Silent(http.server.BaseHTTPRequestHandler):
@@ -63,8 +73,8 @@ def serve(handler: type[http.server.BaseHTTPRequestHandler]) -> int:
     return server.server_port
 
 
-def train(folder: Path, project: str | None, timesteps: int) -> dict[str, float]:
-    """Trains in this process; seconds of all and of the later iterations, and those inside W&B's callback meanwhile."""
+def train(folder: Path, project: str | None, timesteps: int) -> dict[str, Any]:
+    """Trains in this process; the moment of each result, and the seconds inside W&B's callback."""
     import ray
     from ray import tune
 
@@ -73,7 +83,7 @@ def train(folder: Path, project: str | None, timesteps: int) -> dict[str, float]
     sys.path.insert(0, str(ROOT / "tuned_examples"))
     from cartpole_blpo import config
 
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", include_dashboard=False, log_to_driver=False)
     moments: list[float] = []
     inside: list[float] = []
 
@@ -89,9 +99,10 @@ def train(folder: Path, project: str | None, timesteps: int) -> dict[str, float]
             log = callback.log_trial_result
 
             def timed(*args: Any, log: Any = log) -> None:
-                start = time.perf_counter()
-                log(*args)
-                inside.append(time.perf_counter() - start)
+                if is_logged(len(moments)):
+                    start = time.perf_counter()
+                    log(*args)
+                    inside.append(time.perf_counter() - start)
 
             callback.log_trial_result = timed
     run_config = tune.RunConfig(
@@ -103,16 +114,39 @@ def train(folder: Path, project: str | None, timesteps: int) -> dict[str, float]
     )
     results = tune.Tuner("BLPO", param_space=config().debugging(seed=0, log_level="ERROR"), run_config=run_config).fit()
     assert not results.errors
-    middle = moments[len(moments) // 2]
-    return {
-        "iterations": len(moments),
-        "seconds": moments[-1] - moments[0],
-        "late_seconds": moments[-1] - middle,
-        "inside": sum(inside),
-    }
+    return {"moments": [round(m - moments[0], 4) for m in moments], "inside": sum(inside)}
 
 
-def measure(endpoint: str, ports: dict[str, int], timesteps: int) -> dict[str, float]:
+def is_logged(iteration: int) -> bool:
+    """Whether W&B gets this iteration, the first being 1."""
+    return iteration <= FIRST or (iteration - FIRST - 1) // BLOCK % 2 == 0
+
+
+def blocks(moments: Sequence[float]) -> list[float]:
+    """Seconds of each whole pair of blocks' first and second half, in turn."""
+    ends = moments[FIRST - 1 :: BLOCK]
+    seconds = [end - start for start, end in itertools.pairwise(ends)]
+    return seconds[: len(seconds) // 2 * 2]
+
+
+def rows_cost(run: Mapping[str, Any]) -> list[float]:
+    """Of each pair of blocks, by how much the logged one takes longer, as a part of the other."""
+    seconds = blocks(run["moments"])
+    return [logged / other - 1 for logged, other in zip(seconds[::2], seconds[1::2], strict=True)]
+
+
+def start_seconds(run: Mapping[str, Any]) -> float:
+    """Seconds of the first iterations beyond the pace of the blocks that are not logged."""
+    pace = np.mean(blocks(run["moments"])[1::2]) / BLOCK
+    return float(run["moments"][FIRST - 1] - (FIRST - 1) * pace)
+
+
+def mean_and_error(values: Any) -> tuple[float, float]:
+    """Mean of numbers, and its standard error."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def measure(endpoint: str, ports: dict[str, int], timesteps: int) -> dict[str, Any]:
     """One run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": folder}
@@ -128,8 +162,8 @@ def measure(endpoint: str, ports: dict[str, int], timesteps: int) -> dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--timesteps", type=int, default=150_000)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--timesteps", type=int, default=500_000)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "tracker_cost.json")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--project", help=argparse.SUPPRESS)
@@ -139,22 +173,39 @@ def main() -> None:
         print("\n" + json.dumps(found))
         return
     ports = {"dead": DISCARD_PORT, "silent": serve(Silent), "refusing": serve(Refusing)}
-    runs: dict[str, list[dict[str, float]]] = {endpoint: [] for endpoint in ENDPOINTS}
+    runs: dict[str, list[dict[str, Any]]] = {endpoint: [] for endpoint in ENDPOINTS}
     for _ in range(args.rounds):
         for endpoint in ENDPOINTS:
             runs[endpoint].append(measure(endpoint, ports, args.timesteps))
-            print(endpoint, runs[endpoint][-1], flush=True)
-    summary: dict[str, dict[str, Any]] = {}
+            run = runs[endpoint][-1]
+            print(
+                endpoint,
+                f"{run['moments'][-1]:.1f} s, start {start_seconds(run):.2f} s, rows",
+                rows_cost(run),
+                flush=True,
+            )
+    summary: dict[str, dict[str, float]] = {}
+    rows_without = np.ravel([rows_cost(run) for run in runs["none"]])
+    start_without = np.array([start_seconds(run) for run in runs["none"]])
+    seconds = float(np.mean([run["moments"][-1] for run in runs["none"]]))
     for endpoint in ENDPOINTS[1:]:
-        shares = [run["inside"] / run["seconds"] for run in runs[endpoint]]
-        summary[endpoint] = {"largest_share_inside": max(shares)}
-        print(f"{endpoint}: inside the callback {max(shares):.3%} of training at most")
-        for part in ("late_seconds", "seconds"):
-            ratios = [run[part] / other[part] for run, other in zip(runs[endpoint], runs["none"], strict=True)]
-            summary[endpoint][part] = {"ratio": float(np.median(ratios)), "range": [min(ratios), max(ratios)]}
-            print(f"  {part}: {np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) of those without W&B")
-    report = {**provenance(), "timesteps": args.timesteps, "summary": summary, "runs": runs}
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+        found = runs[endpoint]
+        inside = max(run["inside"] / run["moments"][-1] for run in found)
+        rows, rows_error = mean_and_error(np.ravel([rows_cost(run) for run in found]) - rows_without)
+        start, start_error = mean_and_error([start_seconds(run) for run in found] - start_without)
+        whole, whole_error = rows + start / seconds, math.hypot(rows_error, start_error / seconds)
+        summary[endpoint] = {
+            "inside": inside,
+            "rows": rows, "rows_error": rows_error,
+            "start_seconds": start, "start_error": start_error,
+            "whole": whole, "whole_error": whole_error,
+        }  # fmt: skip
+        print(
+            f"{endpoint}: inside {inside:.3%}; rows {rows:.1%} ± {rows_error:.1%}; "
+            f"start {start:.2f} ± {start_error:.2f} s; whole {whole:.1%} ± {whole_error:.1%} of {seconds:.0f} s"
+        )
+    report = {**provenance(), "timesteps": args.timesteps, "seconds": seconds, "summary": summary, "runs": runs}
+    args.output.write_text(json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":

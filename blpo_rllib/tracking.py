@@ -16,8 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 import wandb
-from ray.air.integrations.wandb import WANDB_ENV_VAR, WANDB_MODE_ENV_VAR, WandbLoggerCallback
+from ray.air.integrations.wandb import WANDB_ENV_VAR, WANDB_MODE_ENV_VAR, WandbLoggerCallback, _QueueItem
+from ray.air.util.node import _force_on_current_node
 from ray.cloudpickle import register_pickle_by_value
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.tune.experiment import Trial
@@ -32,8 +34,12 @@ logger = logging.getLogger(__name__)
 
 # Seconds that W&B gets to begin a run, after which it is written to files instead.
 INIT_SECONDS = 30.0
+# Seconds between two transfers of rows to a W&B run.
+SEND_SECONDS = 2.0
 # Seconds that a tracker gets to finish once training has ended.
 FINISH_SECONDS = 60.0
+# Seconds that an event lies before a tracker sees it: meanwhile Tune, in the same process, sends the trial on.
+LIE_SECONDS = 0.015
 # Events that wait for a tracker; if there are more it loses some.
 MOST_WAITING = 1000
 
@@ -111,6 +117,25 @@ class GroupedTensorBoard(TBXLoggerCallback):
             logger.exception("TensorBoard did not take a result of %s; training goes on", trial)
 
 
+class Mailbox:
+    """Where the rows of a W&B run wait for each other: a transfer costs training's processor more than its rows do.
+
+    Args:
+        actor: The run's process.
+    """
+
+    def __init__(self, actor: Any):
+        self._actor, self._waiting, self._sent = actor, [], -SEND_SECONDS
+
+    def put(self, item: tuple[Any, Any]) -> None:
+        """Sends what waits if the last transfer was :data:`SEND_SECONDS` ago, or if ``item`` is not a row."""
+        self._waiting.append(item)
+        now = time.monotonic()
+        if item[0] != _QueueItem.RESULT or now - self._sent >= SEND_SECONDS:
+            self._actor.put.remote(self._waiting)
+            self._waiting, self._sent = [], now
+
+
 class GroupedWandb(WandbLoggerCallback):
     """Ray's W&B logger with grouped metrics, provenance, and runs that go on when their trials do.
 
@@ -120,11 +145,11 @@ class GroupedWandb(WandbLoggerCallback):
         **kwargs: Ray's own, and those of ``wandb.init``.
     """
 
-    _logger_actor_cls = wandb_process.OfflineFallback
-
     def __init__(self, *, task: str, output: Path, **kwargs: Any):
         self._output = str(Path(output).resolve())
         Path(self._output).mkdir(parents=True, exist_ok=True)
+        # What goes with a trial's next row, for the run's configuration.
+        self._news: dict[Trial, dict[str, Any]] = {}
         settings = wandb.Settings(init_timeout=INIT_SECONDS, silent=True)
         super().__init__(
             # Not the trial's folder, whose copy in Tune's storage is made before W&B has written all.
@@ -139,16 +164,40 @@ class GroupedWandb(WandbLoggerCallback):
         super().setup(*args, **kwargs)
 
     def _start_logging_actor(self, trial: Trial, exclude_results: list[str], **init: Any) -> None:
-        # Plain values: to read an object of RLlib's, W&B's processes would import RLlib and torch.
-        plain = json.loads(json.dumps(init["config"], default=str, skipkeys=True))
-        config = {**plain, "algorithm": "BLPO", "git_revision": git_revision(), "sweep": self.group}
-        run = {"id": self.run_id(trial), "resume": "allow", "name": str(trial), "config": config}
-        super()._start_logging_actor(trial, exclude_results, **(init | run))
+        # In place of Ray's, which starts a second process for the queue alone, and none of Ray's idle ones.
+        # Plain values: to read an object of RLlib's, W&B's process would import RLlib and torch.
+        config = json.loads(json.dumps(init["config"], default=str, skipkeys=True))
+        if trial in self._trial_logging_actors:
+            # It was stopped, and goes on with what its scheduler changed.
+            self._news[trial] = {"config": config}
+            return
+        self._news[trial] = {}
+        about = {"algorithm": "BLPO", "git_revision": git_revision(), "sweep": self.group}
+        run = {"id": self.run_id(trial), "resume": "allow", "name": str(trial), "config": config | about}
+        process = ray.remote(
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            concurrency_groups={wandb_process.ARRIVALS: 1},
+            **_force_on_current_node(),
+        )(wandb_process.WandbRun)
+        actor = process.remote(
+            key=os.environ.get(WANDB_ENV_VAR),
+            logdir=trial.local_path,
+            exclude=exclude_results,
+            to_config=self.AUTO_CONFIG_KEYS,
+            **(init | run),
+        )
+        ended = actor.run.remote()
+        self._trial_logging_actors[trial], self._trial_queues[trial] = actor, Mailbox(actor)
+        self._trial_logging_futures[trial], self._logging_future_to_trial[ended] = ended, trial
 
     def log_trial_result(self, iteration: int, trial: Trial, result: dict[str, Any]) -> None:
-        # Without the configuration, which is cleaned, pickled and read three times for each result; W&B has it already.
-        kept = {name: result[name] for name in (TRAINING_ITERATION, *self.AUTO_CONFIG_KEYS) if name in result}
-        super().log_trial_result(iteration, trial, grouped(result) | kept)
+        row: dict[str, Any] = {TRAINING_ITERATION: result[TRAINING_ITERATION], **grouped(result)}
+        # The configuration only when it is new: to clean, pickle and read it with each row costs more than the row.
+        if trial in self._news:
+            row |= {name: result[name] for name in self.AUTO_CONFIG_KEYS if name in result} | self._news.pop(trial)
+        super().log_trial_result(iteration, trial, row)
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         super().on_experiment_end(trials, **info)
@@ -255,6 +304,8 @@ class InBackground(LoggerCallback):
     def _work(self, events: queue.Queue) -> None:
         while (event := events.get()) is not None:
             function, args, kwargs = event
+            if events.empty():
+                time.sleep(LIE_SECONDS)
             try:
                 function(*args, **kwargs)
             except Exception as error:

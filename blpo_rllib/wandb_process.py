@@ -7,15 +7,40 @@ imports neither this package nor torch and RLlib. Hence this module uses nothing
 from __future__ import annotations
 
 import logging
+import os
+import queue
+from typing import Any
 
+import ray
 import wandb
-from ray.air.integrations.wandb import _WandbLoggingActor
+from ray.air.integrations.wandb import WANDB_ENV_VAR, _WandbLoggingActor
 
 logger = logging.getLogger(__name__)
 
+# Where `put` runs, beside `run`.
+ARRIVALS = "arrivals"
 
-class OfflineFallback(_WandbLoggingActor):
-    """Ray's process for a W&B run, which writes files where W&B cannot be reached."""
+
+class WandbRun(_WandbLoggingActor):
+    """Ray's process for a W&B run, which writes files where W&B cannot be reached.
+
+    Its rows come to it straight: Ray's callback has one more process for each run, that only holds the queue.
+
+    Args:
+        key: W&B's; None if the machine has it.
+        **kwargs: Ray's.
+    """
+
+    def __init__(self, key: str | None = None, **kwargs: Any):
+        if key:
+            os.environ[WANDB_ENV_VAR] = key
+        super().__init__(queue=queue.SimpleQueue(), **kwargs)
+
+    @ray.method(concurrency_group=ARRIVALS)
+    def put(self, items: list[tuple[Any, Any]]) -> None:
+        """Takes items of Ray's queue, in their order."""
+        for item in items:
+            self.queue.put(item)
 
     def run(self) -> None:
         try:

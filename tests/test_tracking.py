@@ -10,16 +10,19 @@ from pathlib import Path
 
 import pytest
 import ray.cloudpickle
+import wandb
 from ray.tune.logger import LoggerCallback
 from rich.console import Console
 from wandb_files import Run
 
-from blpo_rllib import dashboard, metrics
+from blpo_rllib import dashboard, metrics, wandb_process
 from blpo_rllib.progress import RichReporter, duration
-from blpo_rllib.tracking import GroupedWandb, InBackground, git_revision
+from blpo_rllib.tracking import GroupedWandb, InBackground, Mailbox, git_revision
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from tracker_cost import DISCARD_PORT, Refusing, Silent, serve
+
+SILENT = wandb.Settings(silent=True)
 
 RESULT = {
     "training_iteration": 3,
@@ -128,9 +131,51 @@ def test_a_trial_that_is_started_again_has_the_same_wandb_run(tmp_path):
     assert len({run_id(tmp_path / folder, name) for folder in "ab" for name in "xy"}) == 4
 
 
+class Process:
+    """A W&B run's process that is none: what is sent to it waits for `run`."""
+
+    def __init__(self, process):
+        self.process, self.transfers = process, 0
+
+    @property
+    def put(self):
+        return self
+
+    def remote(self, items):
+        self.transfers += 1
+        self.process.put(items)
+
+
+def test_rows_travel_together_and_the_configuration_follows_its_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # As a W&B run's process changes its own.
+    files = {"dir": str(tmp_path), "mode": "offline", "project": "p", "id": "i", "settings": SILENT}
+    run = wandb_process.WandbRun(
+        logdir=str(tmp_path), exclude=["config"], to_config=GroupedWandb.AUTO_CONFIG_KEYS,
+        config={"actor_lr": 0.1, "nystrom_rank": 2}, **files
+    )  # fmt: skip
+    process, trial = Process(run), Trial("a", "RUNNING")
+    trial.config = {"actor_lr": 0.1, "nystrom_rank": 2}
+    tracker = GroupedWandb(task="t", output=tmp_path, project="p", group="g")
+    tracker._trial_logging_actors[trial], tracker._trial_queues[trial] = process, Mailbox(process)
+    for iteration in range(1, 101):
+        if iteration == 50:
+            # What population based training does to a trial: it stops and goes on with another configuration.
+            trial.config = {"actor_lr": 0.2, "nystrom_rank": 2, "env": Process}
+            tracker.log_trial_start(trial)
+        tracker.log_trial_result(iteration, trial, {**RESULT, "training_iteration": iteration, "pid": 7})
+    tracker._signal_logging_actor_stop(trial)
+    assert 2 <= process.transfers <= 4
+    run.run()
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    found = Run(path)
+    assert [row["training_iteration"] for row in found.history] == list(range(1, 101))
+    assert found.history[-1]["bilevel/mixed_norm"] == 0.5
+    assert (found.config["actor_lr"], found.config["nystrom_rank"], found.config["pid"]) == (0.2, 2, 7)
+
+
 def test_the_process_of_a_wandb_run_imports_little(tmp_path):
     path = tmp_path / "class.pkl"
-    path.write_bytes(ray.cloudpickle.dumps(GroupedWandb._logger_actor_cls))
+    path.write_bytes(ray.cloudpickle.dumps(wandb_process.WandbRun))
     script = (
         f"import sys, ray.cloudpickle\nfound = ray.cloudpickle.loads(open({str(path)!r}, 'rb').read())\n"
         "print(found.__mro__[1].__name__, sorted({'torch', 'ray.rllib', 'blpo_rllib'} & set(sys.modules)))"
@@ -187,10 +232,12 @@ def test_dashboard_without_network_goes_to_a_file(tmp_path, capsys, monkeypatch)
 
 
 class Trial:
-    """As much of a Tune trial as a reporter looks at."""
+    """As much of a Tune trial as reporters and trackers look at."""
+
+    local_path = "/a"
 
     def __init__(self, name, status, result=None):
-        self.name, self.status, self.last_result = name, status, result
+        self.name, self.trial_id, self.status, self.last_result = name, name, status, result
 
     def __str__(self):
         return self.name
