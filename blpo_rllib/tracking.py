@@ -125,7 +125,8 @@ class Mailbox:
     """
 
     def __init__(self, actor: Any):
-        self._actor, self._waiting, self._sent = actor, [], -SEND_SECONDS
+        self._actor, self._sent = actor, -SEND_SECONDS
+        self._waiting: list[tuple[Any, Any]] = []
 
     def put(self, item: tuple[Any, Any]) -> None:
         """Sends what waits if the last transfer was :data:`SEND_SECONDS` ago, or if ``item`` is not a row."""
