@@ -64,7 +64,9 @@ BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
 HUES = ("tab:blue", "tab:purple", "tab:green", "tab:orange", "navy", "darkgreen", "tab:red", "0.5")
 COLORS = dict(zip(NAMES, HUES, strict=True))
 
-STANDINGS = {"above": "apart, BLPO's above", "below": "apart, BLPO's below", "overlap": "over each other"}
+STANDINGS = {"above": "apart, the first above", "below": "apart, the first below", "overlap": "over each other"}
+# Whose intervals are compared in words: BLPO against PPO with the same batches, and its two batches.
+PAIRS = ((SUBJECT, BASELINE), ("blpo_small", "ppo_small"), ("blpo_small", SUBJECT))
 
 # Point, and the ends of its interval.
 Estimate = tuple[float, float, float]
@@ -261,28 +263,28 @@ def task_table(runs: Runs) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def standing(runs: Runs, tasks: Sequence[str], algorithm: str) -> str:
-    """Whether the interval of an algorithm's mean score lies "above" or "below" PPO's, or they "overlap"."""
-    (_, low, high), (_, their_low, their_high) = (
-        estimate(matrix(runs, tasks, name, area), iqm) for name in (algorithm, BASELINE)
+def standing(runs: Runs, tasks: Sequence[str], algorithm: str, other: str) -> str:
+    """Whether the interval of an algorithm's mean score lies "above" or "below" another's, or they "overlap"."""
+    (_, low, high), (_, other_low, other_high) = (
+        estimate(matrix(runs, tasks, name, area), iqm) for name in (algorithm, other)
     )
     # Single runs have NaN for an interval, which is neither.
-    return "above" if low > their_high else "below" if high < their_low else "overlap"
+    return "above" if low > other_high else "below" if high < other_low else "overlap"
 
 
-def standing_text(runs: Runs) -> str:
-    """How BLPO's intervals lie to PPO's, over all tasks that both have runs on and on each of them."""
-    tasks = shared_tasks(runs, (SUBJECT, BASELINE))
+def standing_text(runs: Runs, algorithm: str, other: str) -> str:
+    """How an algorithm's intervals lie to another's, over all tasks that both have runs on and on each of them."""
+    tasks = shared_tasks(runs, (algorithm, other))
     if not tasks:
         return ""
-    by_task = {task: standing(runs, [task], SUBJECT) for task in tasks}
+    by_task = {task: standing(runs, [task], algorithm, other) for task in tasks}
     found = [
         f"{word} on {', '.join(task for task in tasks if by_task[task] == word) or 'none'}"
         for word in ("above", "overlap", "below")
     ]
     return (
-        f"**Intervals of BLPO's mean return against PPO's:** over all {len(tasks)} tasks they lie "
-        f"{STANDINGS[standing(runs, tasks, SUBJECT)]}; by task: {'; '.join(found)}."
+        f"**{algorithm} against {other}**, intervals of the mean return: over all {len(tasks)} tasks they lie "
+        f"{STANDINGS[standing(runs, tasks, algorithm, other)]}; by task: {'; '.join(found)}."
     )
 
 
@@ -338,7 +340,7 @@ def summary_text(runs: Runs) -> str:
         "policy, beside the training.",
         "Score: 0 is the task's untrained policies, 1 the best final return of any run.",
         markdown(overall_table(runs)),
-        standing_text(runs),
+        *(standing_text(runs, *pair) for pair in PAIRS),
         markdown(task_table(runs)),
         f"**Missing:** {len(missing)} combinations, listed in the report." if missing else "Nothing is missing.",
     ]

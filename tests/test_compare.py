@@ -232,13 +232,13 @@ def test_standing_of_intervals():
     theirs = table.loc[~ours & hopper, "evaluation_return"].to_numpy()
     table.loc[ours & hopper, "evaluation_return"] = theirs
     runs = report.Runs(table)
-    assert report.standing(runs, ["cartpole"], "blpo") == "above"
-    assert report.standing(runs, ["hopper"], "blpo") == "overlap"
-    assert "above on cartpole; overlap on hopper; below on none" in report.standing_text(runs)
+    assert report.standing(runs, ["cartpole"], "blpo", "ppo") == "above"
+    assert report.standing(runs, ["hopper"], "blpo", "ppo") == "overlap"
+    assert "above on cartpole; overlap on hopper; below on none" in report.standing_text(runs, "blpo", "ppo")
     swapped = table.assign(algorithm=table["algorithm"].map({"blpo": "ppo", "ppo": "blpo"}))
-    assert report.standing(report.Runs(swapped), ["cartpole"], "blpo") == "below"
+    assert report.standing(report.Runs(swapped), ["cartpole"], "blpo", "ppo") == "below"
     single = report.Runs(made_up_runs({"blpo": 1, "ppo": 1}))
-    assert report.standing(single, ["cartpole"], "blpo") == "overlap", "a single run has no interval"
+    assert report.standing(single, ["cartpole"], "blpo", "ppo") == "overlap", "a single run has no interval"
 
 
 def test_probability_of_improvement_is_rliables():
