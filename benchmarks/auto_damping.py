@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import ray
 import scipy.stats
-from contestants import example
+from contestants import published
 from damping_rules import LevenbergMarquardtNystrom, SpectralNystrom
 from rich.console import Console
 from rich.table import Table
@@ -50,8 +50,8 @@ Records = list[dict[str, Any]]
 
 
 def configure(task: str, hypergradient: str | IHVPSolver) -> BLPOConfig:
-    """The tuned example; Hopper in EnvPool on one thread."""
-    return example(task, "envpool").training(hypergradient=hypergradient).debugging(log_level="ERROR")
+    """The tuned example with published batches; Hopper in EnvPool on one thread."""
+    return published(task, "envpool").training(hypergradient=hypergradient).debugging(log_level="ERROR")
 
 
 def train(task: str, seeds: int, timesteps: int, output: Path) -> dict[str, Records]:

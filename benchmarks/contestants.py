@@ -1,20 +1,21 @@
 """Who competes in compare.py, on what: the tasks, and for each the configurations of BLPO, its variants and PPO.
 
 Settings. BLPO's are those of ``tuned_examples/TASK_blpo.py``: the published ones where there are any, else the
-defaults. Nobody is tuned here: each algorithm has one setting per task (:data:`TUNING_BUDGET`), so that everyone gets
-the same effort. Effort before this comparison differs: the paper's authors chose the nested steps N, the bound b and
-the cross clip ε_F of six tasks from N in {2, 3, 5, 7, 10}, b in {0.8, 1, 1.2, 1.4, 2}, ε_F in {0.8, 1, 1.2}; what RLlib
-tried for its own settings is not known.
+defaults; on MuJoCo tasks with both sizes of batch (``tuned_examples/batches.py``). Nobody is tuned here: each
+contestant has one setting per task (:data:`TUNING_BUDGET`), so that everyone gets the same effort. Effort before this
+comparison differs: the paper's authors chose the nested steps N, the bound b and the cross clip ε_F of six tasks from N
+in {2, 3, 5, 7, 10}, b in {0.8, 1, 1.2, 1.4, 2}, ε_F in {0.8, 1, 1.2}; what RLlib tried for its own settings is not
+known. The small batches are PPO's usual ones for MuJoCo, RLlib's own among them; no others were tried.
 
 ============ ============================================================================================
-blpo         the tuned example
+blpo         the tuned example, on MuJoCo tasks with ``--published-batches``
 blpo_cg      the same with 20 conjugate-gradient steps on the undamped Hessian instead of Nyström's rows
 nested_ppo   the same without the hypergradient: nested critic steps alone
 ppo          RLlib's PPO learner with the example's networks, batch, epochs, minibatch size, discounts, clip and
              actor's learning rate (one optimizer, hence also the critic's), without KL penalty and value clipping
-blpo_small   blpo with tuned_examples/small_batches.py, on MuJoCo tasks
-nested_small nested_ppo with the same
-ppo_small    ppo with the same
+blpo_small   the tuned example of a MuJoCo task: batches of 2,048 steps and 10 epochs
+nested_small nested_ppo with these batches
+ppo_small    ppo with these batches
 ppo_tuned    RLlib's PPO as RLlib publishes it for the task by name (rllib/examples/algorithms/ppo: CartPole, Hopper,
              Walker2d, HalfCheetah, Humanoid): its own networks, batches and rates, rewards as they are
 ============ ============================================================================================
@@ -57,7 +58,7 @@ from blpo_rllib.envpool import PREFIX
 from blpo_rllib.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
 
 sys.path.append(str(Path(__file__).parent.parent / "tuned_examples"))
-from small_batches import small_batches
+from batches import published_batches
 
 # A contestant's configuration, from the tuned example of the task.
 Contestant = Callable[[BLPOConfig], AlgorithmConfig]
@@ -93,6 +94,12 @@ def example(task: str, simulator: str) -> BLPOConfig:
     if task not in CLASSIC and simulator == "envpool":
         config.environment(f"{PREFIX}{config.env}", env_config={"num_threads": 1})
     return config
+
+
+def published(task: str, simulator: str) -> BLPOConfig:
+    """The same with the published batches."""
+    config = example(task, simulator)
+    return config if task in CLASSIC else published_batches(config)
 
 
 def ppo(config: BLPOConfig) -> PPOConfig:
@@ -177,10 +184,13 @@ ALGORITHMS: dict[str, Contestant] = {
     "nested_ppo": lambda config: config.training(hypergradient="none"),
     "ppo": ppo,
 }
+PUBLISHED: dict[str, Contestant] = {
+    name: lambda config, make=make: make(published_batches(config)) for name, make in ALGORITHMS.items()
+}
 SMALL: dict[str, Contestant] = {
-    "blpo_small": small_batches,
-    "nested_small": lambda config: ALGORITHMS["nested_ppo"](small_batches(config)),
-    "ppo_small": lambda config: ppo(small_batches(config)),
+    "blpo_small": ALGORITHMS["blpo"],
+    "nested_small": ALGORITHMS["nested_ppo"],
+    "ppo_small": ALGORITHMS["ppo"],
 }
 NAMES = [*ALGORITHMS, *SMALL, "ppo_tuned"]
 # Published for these by name.
@@ -191,8 +201,9 @@ TUNED: dict[str, Contestant] = {"cartpole": ppo_tuned_classic} | dict.fromkeys(
 
 def contestants_of(task: str) -> dict[str, Contestant]:
     """Those that there are settings for, by name."""
-    small = {} if task in CLASSIC else SMALL
-    return ALGORITHMS | small | ({"ppo_tuned": TUNED[task]} if task in TUNED else {})
+    return (ALGORITHMS if task in CLASSIC else PUBLISHED | SMALL) | (
+        {"ppo_tuned": TUNED[task]} if task in TUNED else {}
+    )
 
 
 def contestant(task: str, algorithm: str, seed: int, steps: int, simulator: str) -> AlgorithmConfig:

@@ -35,6 +35,7 @@ from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LI
 from blpo_rllib.provenance import provenance
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tuned_examples"))
+from batches import published_batches
 from hopper_blpo import config
 
 NUM_ENVS = 33
@@ -52,7 +53,7 @@ def count_return(*, episode: Any, metrics_logger: Any, **_: Any) -> None:
 def setup(seed: int, num_env_runners: int, num_learners: int) -> Any:
     """The example with segments of 320 steps, of which each of two learners gets one a minibatch."""
     parts = max(1, num_learners)
-    c = config().training(
+    c = published_batches(config()).training(
         train_batch_size_per_learner=BATCH // parts, minibatch_size=MINIBATCH // parts, segment_length=320
     )
     c.env_runners(num_env_runners=num_env_runners, num_envs_per_env_runner=NUM_ENVS // max(1, num_env_runners))

@@ -335,7 +335,7 @@ def summary_text(runs: Runs) -> str:
     missing = runs.missing()
     parts = [
         origin_text(runs),
-        f"Interquartile means over runs, 95 % stratified bootstrap intervals. Every algorithm had {TUNING_BUDGET} "
+        f"Interquartile means over runs, 95 % stratified bootstrap intervals. Every contestant had {TUNING_BUDGET} "
         f"setting per task, published or default. Evaluations: {EVALUATION_EPISODES} episodes of the deterministic "
         "policy, beside the training.",
         "Score: 0 is the task's untrained policies, 1 the best final return of any run.",

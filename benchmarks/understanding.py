@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ import numpy as np
 import ray
 import scipy.sparse.linalg
 import torch
+from contestants import published
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -41,8 +40,6 @@ from blpo_rllib.metrics import ENV_STEPS, EPISODE_RETURN, grouped
 from blpo_rllib.provenance import provenance
 from blpo_rllib.sweep.fidelity import problem_of
 from blpo_rllib.sweep.records import write_whole
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tuned_examples"))
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -71,9 +68,8 @@ TASKS = {
 
 
 def configure(example: str, env: str, seed: int) -> BLPOConfig:
-    """The tuned example's settings."""
-    config: BLPOConfig = importlib.import_module(f"{example}_blpo").config()
-    return config.environment(env).debugging(seed=seed, log_level="ERROR")
+    """The tuned example's settings, with published batches."""
+    return published(example, "gymnasium").environment(env).debugging(seed=seed, log_level="ERROR")
 
 
 def train(config: BLPOConfig, points: Sequence[int], folder: Path) -> None:

@@ -25,7 +25,7 @@ import matplotlib as mpl
 import numpy as np
 import ray
 import torch
-from contestants import example as tuned_example
+from contestants import published
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import trim_mean
@@ -71,8 +71,8 @@ class Variant:
     actor_rate: float = 1.0
 
     def config(self, example: str) -> BLPOConfig:
-        """The tuned example of a task with the differences."""
-        config = tuned_example(example, "envpool").training(**self.training)
+        """The tuned example of a task, with published batches and the differences."""
+        config = published(example, "envpool").training(**self.training)
         return config.training(actor_lr=self.actor_rate * config.actor_lr)
 
 

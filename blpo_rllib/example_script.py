@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,20 @@ RUN = "run"
 MAX_FAILURES_IN_A_ROW = 10
 
 
-def run_example(config: BLPOConfig, *, stop_reward: float, stop_timesteps: int) -> Any:
+def run_example(
+    config: BLPOConfig,
+    *,
+    stop_reward: float,
+    stop_timesteps: int,
+    published: Callable[[BLPOConfig], BLPOConfig] | None = None,
+) -> Any:
     """Trains ``config`` as the command line says: ``--num-env-runners``, ``--num-learners``, ``--as-test`` and so on.
 
     Args:
         config: The tuned settings; the command line overrides them.
         stop_reward: Default of ``--stop-reward``, the mean episode return at which training ends.
         stop_timesteps: Default of ``--stop-timesteps``, the number of environment steps at which it ends.
+        published: Gives a config the published batches, with ``--published-batches``; None: there is no such option.
 
     Returns:
         Tune's results, or with ``--no-tune`` the last result.
@@ -52,7 +59,9 @@ def run_example(config: BLPOConfig, *, stop_reward: float, stop_timesteps: int) 
     Raises:
         SystemExit: With status 128 + its number after a signal, once the checkpoint is written.
     """
-    args = parse_command_line(stop_reward, stop_timesteps)
+    args = parse_command_line(stop_reward, stop_timesteps, has_published_batches=published is not None)
+    if published and args.published_batches:
+        config = published(config)
     if args.no_tune:
         config.debugging(seed=args.seed)
         return run_rllib_example_script_experiment(config, args, **watched(config, args))
@@ -68,7 +77,9 @@ def run_example(config: BLPOConfig, *, stop_reward: float, stop_timesteps: int) 
     return results
 
 
-def parse_command_line(stop_reward: float, stop_timesteps: int) -> argparse.Namespace:
+def parse_command_line(
+    stop_reward: float, stop_timesteps: int, has_published_batches: bool = False
+) -> argparse.Namespace:
     """The options, checked against each other and against what lies at ``--output``."""
     parser = add_rllib_example_script_args(
         argparse.ArgumentParser(conflict_handler="resolve"),
@@ -92,6 +103,12 @@ def parse_command_line(stop_reward: float, stop_timesteps: int) -> argparse.Name
         help="Go on from the newest whole checkpoint at --output; start a new run if there is none.",
     )
     parser.add_argument("--checkpoint-keep", type=int, default=3, metavar="N", help="Keep the newest N checkpoints.")
+    if has_published_batches:
+        parser.add_argument(
+            "--published-batches",
+            action="store_true",
+            help="Batches of 20,480 steps, as published, in place of the example's of 2,048.",
+        )
     parser.set_defaults(algo="BLPO", verbose=1, checkpoint_freq=10, checkpoint_at_end=True)
     args = parser.parse_args()
     args.storage, args.output = args.output, None

@@ -14,12 +14,13 @@ from ray.rllib.connectors.learner import GeneralAdvantageEstimation
 from rliable.metrics import probability_of_improvement as rliable_probability_of_improvement
 from scipy.stats import trim_mean
 
-from blpo_rllib import BLPOConfig
+from blpo_rllib import BLPOConfig, example_script
 from blpo_rllib.connectors import RewardScale
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 contestants, report, compare_script = (importlib.import_module(name) for name in ("contestants", "report", "compare"))
+batches = importlib.import_module("batches")
 
 
 SHARED = ("gamma", "lambda_", "clip_param", "num_epochs", "train_batch_size_per_learner", "minibatch_size")
@@ -281,3 +282,24 @@ def test_examples_of_all_tasks_are_those_of_train_py():
 
     assert set(contestants.TASKS) == set(train.EXAMPLES)
     assert all(isinstance(contestants.example(task, "gymnasium"), BLPOConfig) for task in contestants.TASKS)
+
+
+@pytest.mark.parametrize("task", [task for task in contestants.TASKS if task not in contestants.CLASSIC])
+def test_examples_have_the_published_batches_as_an_option(task, monkeypatch):
+    config = importlib.import_module(f"{task}_blpo").config()
+    seen = []
+    monkeypatch.setattr(
+        example_script, "run_rllib_example_script_experiment", lambda config, *_, **__: seen.append(config)
+    )
+    for options in ([], ["--published-batches"]):
+        monkeypatch.setattr(sys, "argv", ["example", "--no-tune", *options])
+        example_script.run_example(
+            config.copy(), stop_reward=1.0, stop_timesteps=1, published=batches.published_batches
+        )
+    of_segments = ("num_envs_per_env_runner", "train_batch_size_per_learner", "minibatch_size", "num_epochs")
+    small, published = ([getattr(c, name) for name in of_segments] for c in seen)
+    assert small == [16, 2048, 512, 10]
+    assert published == [32, 20480, 640, 4] == [getattr(BLPOConfig(), name) for name in of_segments]
+    same = {name: value for name, value in seen[0].to_dict().items() if not callable(value)}
+    differing = {name for name, value in same.items() if seen[1].to_dict()[name] != value}
+    assert differing == {*of_segments, "_train_batch_size_per_learner"} - {"train_batch_size_per_learner"}

@@ -1,8 +1,10 @@
-"""BLPO on Walker2d-v5 with the reference's settings, on RLlib's normalised observations and scaled rewards.
+"""BLPO on Walker2d-v5 on RLlib's normalised observations and scaled rewards.
 
 python tuned_examples/walker2d_blpo.py --stop-timesteps 1000000
+python tuned_examples/walker2d_blpo.py --published-batches    # batches of 20,480 steps
 """
 
+from batches import published_batches, small_batches
 from ray.rllib.connectors.env_to_module import MeanStdFilter
 
 from blpo_rllib import BLPOConfig
@@ -10,8 +12,8 @@ from blpo_rllib.example_script import run_example
 
 
 def config() -> BLPOConfig:
-    """The defaults, which are the reference's for continuous control; 3 nested steps, bound 0.8, cross clip 0.84."""
-    return (
+    """The reference's settings but for the batches: 3 nested steps, bound 0.8, cross clip 0.84."""
+    return small_batches(
         BLPOConfig()
         .environment("Walker2d-v5")
         .env_runners(env_to_module_connector=lambda env, spaces, device: MeanStdFilter())
@@ -20,4 +22,4 @@ def config() -> BLPOConfig:
 
 
 if __name__ == "__main__":
-    run_example(config(), stop_reward=4000.0, stop_timesteps=20_000_000)
+    run_example(config(), stop_reward=4000.0, stop_timesteps=20_000_000, published=published_batches)
