@@ -201,6 +201,9 @@ class GroupedWandb(WandbLoggerCallback):
         super().log_trial_result(iteration, trial, row)
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        for trial in self._trial_queues:
+            # Those of an interrupted experiment have not heard that it ends, and would be waited for.
+            self._signal_logging_actor_stop(trial)
         super().on_experiment_end(trials, **info)
         if any(Path(self._output).glob("wandb/offline-run-*")):
             logger.warning("W&B runs are in files: `wandb sync %s/wandb/offline-run-*` sends them", self._output)
