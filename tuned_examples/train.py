@@ -113,7 +113,7 @@ def plot(runs: list[dict], example: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4))
     for run in runs:
         steps = run["rows"][-1]["env_steps"]
-        curve = binned_returns(run["rows"], max(steps // 40, 1))
+        curve = binned_returns(run["rows"], -(-steps // 40))
         axes.plot(list(curve), list(curve.values()), label=f"seed {run['seed']}")
     axes.set(xlabel="environment steps", ylabel="mean episode return", title=f"BLPO, {example}")
     axes.grid(alpha=0.3)
