@@ -8,12 +8,12 @@ in {2, 3, 5, 7, 10}, b in {0.8, 1, 1.2, 1.4, 2}, ε_F in {0.8, 1, 1.2}; what RLl
 known. The small batches are PPO's usual ones for MuJoCo, RLlib's own among them; no others were tried.
 
 ============ ============================================================================================
-blpo         the tuned example, on MuJoCo tasks with ``--published-batches``
+blpo         the tuned example, on MuJoCo tasks with the published batches
 blpo_cg      the same with 20 conjugate-gradient steps on the undamped Hessian instead of Nyström's rows
 nested_ppo   the same without the hypergradient: nested critic steps alone
 ppo          RLlib's PPO learner with the example's networks, batch, epochs, minibatch size, discounts, clip and
              actor's learning rate (one optimizer, hence also the critic's), without KL penalty and value clipping
-blpo_small   the tuned example of a MuJoCo task: batches of 2,048 steps and 10 epochs
+blpo_small   the same with batches of 2,048 steps and 10 epochs, on MuJoCo tasks
 nested_small nested_ppo with these batches
 ppo_small    ppo with these batches
 ppo_tuned    RLlib's PPO as RLlib publishes it for the task by name (rllib/examples/algorithms/ppo: CartPole, Hopper,
@@ -58,7 +58,7 @@ from blpo_rllib.envpool import PREFIX
 from blpo_rllib.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
 
 sys.path.append(str(Path(__file__).parent.parent / "tuned_examples"))
-from batches import published_batches
+from batches import published_batches, small_batches
 
 # A contestant's configuration, from the tuned example of the task.
 Contestant = Callable[[BLPOConfig], AlgorithmConfig]
@@ -188,9 +188,8 @@ PUBLISHED: dict[str, Contestant] = {
     name: lambda config, make=make: make(published_batches(config)) for name, make in ALGORITHMS.items()
 }
 SMALL: dict[str, Contestant] = {
-    "blpo_small": ALGORITHMS["blpo"],
-    "nested_small": ALGORITHMS["nested_ppo"],
-    "ppo_small": ALGORITHMS["ppo"],
+    f"{name}_small": lambda config, make=ALGORITHMS[algorithm]: make(small_batches(config))
+    for name, algorithm in (("blpo", "blpo"), ("nested", "nested_ppo"), ("ppo", "ppo"))
 }
 NAMES = [*ALGORITHMS, *SMALL, "ppo_tuned"]
 # Published for these by name.

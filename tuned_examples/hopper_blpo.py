@@ -33,4 +33,4 @@ def config() -> BLPOConfig:
 
 
 if __name__ == "__main__":
-    run_example(config(), stop_reward=3000.0, stop_timesteps=5_000_000, published=published_batches)
+    run_example(config(), stop_reward=3000.0, stop_timesteps=1_000_000, published=published_batches)

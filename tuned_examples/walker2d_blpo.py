@@ -22,4 +22,4 @@ def config() -> BLPOConfig:
 
 
 if __name__ == "__main__":
-    run_example(config(), stop_reward=4000.0, stop_timesteps=20_000_000, published=published_batches)
+    run_example(config(), stop_reward=4000.0, stop_timesteps=1_000_000, published=published_batches)
