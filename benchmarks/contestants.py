@@ -7,18 +7,20 @@ comparison differs: the paper's authors chose the nested steps N, the bound b an
 in {2, 3, 5, 7, 10}, b in {0.8, 1, 1.2, 1.4, 2}, ε_F in {0.8, 1, 1.2}; what RLlib tried for its own settings is not
 known. The small batches are PPO's usual ones for MuJoCo, RLlib's own among them; no others were tried.
 
-============ ============================================================================================
-blpo         the tuned example, on MuJoCo tasks with the published batches
-blpo_cg      the same with 20 conjugate-gradient steps on the undamped Hessian instead of Nyström's rows
-nested_ppo   the same without the hypergradient: nested critic steps alone
-ppo          RLlib's PPO learner with the example's networks, batch, epochs, minibatch size, discounts, clip and
-             actor's learning rate (one optimizer, hence also the critic's), without KL penalty and value clipping
-blpo_small   the same with batches of 2,048 steps and 10 epochs, on MuJoCo tasks
-nested_small nested_ppo with these batches
-ppo_small    ppo with these batches
-ppo_tuned    RLlib's PPO as RLlib publishes it for the task by name (rllib/examples/algorithms/ppo: CartPole, Hopper,
-             Walker2d, HalfCheetah, Humanoid): its own networks, batches and rates, rewards as they are
-============ ============================================================================================
+============= ========================================================================================
+blpo          the tuned example, on MuJoCo tasks with the published batches
+blpo_cg       the same with 20 conjugate-gradient steps on the undamped Hessian instead of Nyström's rows
+nested_ppo    the same without the hypergradient: nested critic steps alone
+ppo           RLlib's PPO learner with the example's networks, batch, epochs, minibatch size, discounts, clip and
+              actor's learning rate (one optimizer, hence also the critic's), without KL penalty and value clipping
+blpo_small    the same with batches of 2,048 steps and 10 epochs, on MuJoCo tasks
+nested_small  nested_ppo with these batches
+ppo_small     ppo with these batches
+blpo_annealed blpo_small with an actor's learning rate that falls to 0 over the run's steps
+ppo_annealed  ppo_small with the same rate, its critic's too
+ppo_tuned     RLlib's PPO as RLlib publishes it for the task by name (rllib/examples/algorithms/ppo: CartPole, Hopper,
+              Walker2d, HalfCheetah, Humanoid): its own networks, batches and rates, rewards as they are
+============= ========================================================================================
 
 All of them sample with the same EnvRunner (:class:`~blpo_rllib.env_runner.BatchedEnvRunner`) from the same simulator,
 so that differences in time are differences in learning. ``ppo`` normalises observations and rewards by BLPO's own
@@ -63,17 +65,18 @@ from batches import published_batches, small_batches
 # A contestant's configuration, from the tuned example of the task.
 Contestant = Callable[[BLPOConfig], AlgorithmConfig]
 
+MUJOCO_STEPS = 1_000_000
 # Environment steps by tuned example, the cheapest first: that is the order in which they run.
 TASKS = {
     "cartpole": 500_000,
     "acrobot": 500_000,
-    "inverted_double_pendulum": 1_000_000,
-    "reacher": 1_000_000,
-    "hopper": 1_000_000,
-    "walker2d": 1_000_000,
-    "halfcheetah": 1_000_000,
-    "pusher": 1_000_000,
-    "humanoid": 1_000_000,
+    "inverted_double_pendulum": MUJOCO_STEPS,
+    "reacher": MUJOCO_STEPS,
+    "hopper": MUJOCO_STEPS,
+    "walker2d": MUJOCO_STEPS,
+    "halfcheetah": MUJOCO_STEPS,
+    "pusher": MUJOCO_STEPS,
+    "humanoid": MUJOCO_STEPS,
 }
 CLASSIC = ("cartpole", "acrobot")
 SIMULATORS = ("envpool", "gymnasium")
@@ -100,6 +103,11 @@ def published(task: str, simulator: str) -> BLPOConfig:
     """The same with the published batches."""
     config = example(task, simulator)
     return config if task in CLASSIC else published_batches(config)
+
+
+def annealed(config: BLPOConfig) -> BLPOConfig:
+    """With an actor's learning rate that falls linearly to 0 over the steps of a MuJoCo task."""
+    return config.training(actor_lr=[[0, config.actor_lr], [MUJOCO_STEPS, 0.0]])
 
 
 def ppo(config: BLPOConfig) -> PPOConfig:
@@ -191,7 +199,11 @@ SMALL: dict[str, Contestant] = {
     f"{name}_small": lambda config, make=ALGORITHMS[algorithm]: make(small_batches(config))
     for name, algorithm in (("blpo", "blpo"), ("nested", "nested_ppo"), ("ppo", "ppo"))
 }
-NAMES = [*ALGORITHMS, *SMALL, "ppo_tuned"]
+ANNEALED: dict[str, Contestant] = {
+    f"{name}_annealed": lambda config, make=ALGORITHMS[name]: make(annealed(small_batches(config)))
+    for name in ("blpo", "ppo")
+}
+NAMES = [*ALGORITHMS, *SMALL, *ANNEALED, "ppo_tuned"]
 # Published for these by name.
 TUNED: dict[str, Contestant] = {"cartpole": ppo_tuned_classic} | dict.fromkeys(
     ("hopper", "walker2d", "halfcheetah", "humanoid"), ppo_tuned_mujoco
@@ -200,7 +212,7 @@ TUNED: dict[str, Contestant] = {"cartpole": ppo_tuned_classic} | dict.fromkeys(
 
 def contestants_of(task: str) -> dict[str, Contestant]:
     """Those that there are settings for, by name."""
-    return (ALGORITHMS if task in CLASSIC else PUBLISHED | SMALL) | (
+    return (ALGORITHMS if task in CLASSIC else PUBLISHED | SMALL | ANNEALED) | (
         {"ppo_tuned": TUNED[task]} if task in TUNED else {}
     )
 

@@ -61,12 +61,23 @@ BOOTSTRAP_SEED = 0
 REPETITIONS = 2000
 GRID = 41
 BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
-HUES = ("tab:blue", "tab:purple", "tab:green", "tab:orange", "navy", "darkgreen", "tab:red", "0.5")
+HUES = (
+    "tab:blue",
+    "tab:purple",
+    "tab:green",
+    "tab:orange",
+    "navy",
+    "darkgreen",
+    "tab:red",
+    "tab:cyan",
+    "tab:pink",
+    "0.5",
+)
 COLORS = dict(zip(NAMES, HUES, strict=True))
 
 STANDINGS = {"above": "apart, the first above", "below": "apart, the first below", "overlap": "over each other"}
 # Whose intervals are compared in words: BLPO against PPO with the same batches, and its two batches.
-PAIRS = ((SUBJECT, BASELINE), ("blpo_small", "ppo_small"), ("blpo_small", SUBJECT))
+PAIRS = ((SUBJECT, BASELINE), ("blpo_small", "ppo_small"), ("blpo_small", SUBJECT), ("blpo_annealed", "ppo_annealed"))
 
 # Point, and the ends of its interval.
 Estimate = tuple[float, float, float]

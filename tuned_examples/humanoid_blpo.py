@@ -1,10 +1,8 @@
 """BLPO on Humanoid-v5 on RLlib's normalised observations and scaled rewards.
 
 python tuned_examples/humanoid_blpo.py --stop-timesteps 1000000
-python tuned_examples/humanoid_blpo.py --published-batches    # batches of 20,480 steps
 """
 
-from batches import published_batches, small_batches
 from ray.rllib.connectors.env_to_module import MeanStdFilter
 
 from blpo_rllib import BLPOConfig
@@ -12,8 +10,8 @@ from blpo_rllib.example_script import run_example
 
 
 def config() -> BLPOConfig:
-    """The reference's settings but for the batches: 5 nested steps, bound 1.0, cross clip 0.8."""
-    return small_batches(
+    """The reference's settings: 5 nested steps, bound 1.0, cross clip 0.8."""
+    return (
         BLPOConfig()
         .environment("Humanoid-v5")
         .env_runners(env_to_module_connector=lambda env, spaces, device: MeanStdFilter())
@@ -22,4 +20,4 @@ def config() -> BLPOConfig:
 
 
 if __name__ == "__main__":
-    run_example(config(), stop_reward=5000.0, stop_timesteps=20_000_000, published=published_batches)
+    run_example(config(), stop_reward=5000.0, stop_timesteps=20_000_000)
