@@ -52,3 +52,5 @@ class WandbRun(_WandbLoggingActor):
             self._wandb.teardown()
             self.kwargs["mode"] = "offline"
             super().run()
+        # Ray kills this process next; until W&B's own has ended, its last rows may not be in the file.
+        self._wandb.teardown()
