@@ -77,7 +77,8 @@ srun --het-group=1 --cpus-per-task="$WORKER_CPUS" \
 train() {
     export RAY_ADDRESS="$address"
     exec python tuned_examples/hopper_blpo.py \
-        --published-batches --num-env-runners 32 --num-envs-per-env-runner 1 --num-learners 1 --num-gpus-per-learner 1 \
+        --published-batches --stop-timesteps 5000000 --num-env-runners 32 --num-envs-per-env-runner 1 \
+        --num-learners 1 --num-gpus-per-learner 1 \
         --output "$RESULTS" --resume
 }
 
