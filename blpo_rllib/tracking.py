@@ -126,13 +126,15 @@ class Mailbox:
 
     def __init__(self, actor: Any):
         self._actor, self._sent = actor, -SEND_SECONDS
-        self._waiting: list[tuple[Any, Any]] = []
+        self._waiting: list[tuple[str, Any]] = []
 
-    def put(self, item: tuple[Any, Any]) -> None:
+    def put(self, item: tuple[_QueueItem, Any]) -> None:
         """Sends what waits if the last transfer was :data:`SEND_SECONDS` ago, or if ``item`` is not a row."""
-        self._waiting.append(item)
+        kind, content = item
+        # The name alone: to read Ray's, the run's process would import Ray Tune.
+        self._waiting.append((kind.name, content))
         now = time.monotonic()
-        if item[0] != _QueueItem.RESULT or now - self._sent >= SEND_SECONDS:
+        if kind != _QueueItem.RESULT or now - self._sent >= SEND_SECONDS:
             self._actor.put.remote(self._waiting)
             self._waiting, self._sent = [], now
 
@@ -151,12 +153,8 @@ class GroupedWandb(WandbLoggerCallback):
         Path(self._output).mkdir(parents=True, exist_ok=True)
         # What goes with a trial's next row, for the run's configuration.
         self._news: dict[Trial, dict[str, Any]] = {}
-        settings = wandb.Settings(init_timeout=INIT_SECONDS, silent=True)
-        super().__init__(
-            # Not the trial's folder, whose copy in Tune's storage is made before W&B has written all.
-            dir=self._output,
-            upload_timeout=int(FINISH_SECONDS - 10), job_type=task, settings=settings, **kwargs
-        )  # fmt: skip
+        # The folder is not the trial's, whose copy in Tune's storage is made before W&B has written all.
+        super().__init__(dir=self._output, upload_timeout=int(FINISH_SECONDS - 10), job_type=task, **kwargs)
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
         if not has_key():
@@ -170,7 +168,7 @@ class GroupedWandb(WandbLoggerCallback):
         config = json.loads(json.dumps(init["config"], default=str, skipkeys=True))
         if trial in self._trial_logging_actors:
             # It was stopped, and goes on with what its scheduler changed.
-            self._news[trial] = {"config": config}
+            self._news[trial] = config
             return
         self._news[trial] = {}
         about = {"algorithm": "BLPO", "git_revision": git_revision(), "sweep": self.group}
@@ -182,23 +180,27 @@ class GroupedWandb(WandbLoggerCallback):
             concurrency_groups={wandb_process.ARRIVALS: 1},
             **_force_on_current_node(),
         )(wandb_process.WandbRun)
-        actor = process.remote(
-            key=os.environ.get(WANDB_ENV_VAR),
-            logdir=trial.local_path,
-            exclude=exclude_results,
-            to_config=self.AUTO_CONFIG_KEYS,
-            **(init | run),
-        )
+        settings = {"init_timeout": INIT_SECONDS, "silent": True}
+        key = os.environ.get(WANDB_ENV_VAR)
+        actor = process.remote(trial.local_path, key, settings, **(init | run))
         ended = actor.run.remote()
         self._trial_logging_actors[trial], self._trial_queues[trial] = actor, Mailbox(actor)
         self._trial_logging_futures[trial], self._logging_future_to_trial[ended] = ended, trial
 
     def log_trial_result(self, iteration: int, trial: Trial, result: dict[str, Any]) -> None:
-        row: dict[str, Any] = {TRAINING_ITERATION: result[TRAINING_ITERATION], **grouped(result)}
-        # The configuration only when it is new: to clean, pickle and read it with each row costs more than the row.
+        if trial not in self._trial_logging_actors:
+            self.log_trial_start(trial)
+        step = result[TRAINING_ITERATION]
+        metrics = {name: value for name, value in grouped(result).items() if not self._is_excluded(name)}
+        # The configuration only when it is new: to pickle and read it with each row costs more than the row.
+        config: dict[str, Any] = {}
         if trial in self._news:
-            row |= {name: result[name] for name in self.AUTO_CONFIG_KEYS if name in result} | self._news.pop(trial)
-        super().log_trial_result(iteration, trial, row)
+            config = {name: result[name] for name in self.AUTO_CONFIG_KEYS if name in result} | self._news.pop(trial)
+        row = step, {TRAINING_ITERATION: step, **metrics}, config
+        self._trial_queues[trial].put((_QueueItem.RESULT, row))
+
+    def _is_excluded(self, name: str) -> bool:
+        return any(name == excluded or name.startswith(f"{excluded}/") for excluded in self.excludes)
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         for trial in self._trial_queues:

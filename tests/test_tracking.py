@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import ray.cloudpickle
-import wandb
+from ray.air.integrations.wandb import _QueueItem
 from ray.tune.logger import LoggerCallback
 from rich.console import Console
 from wandb_files import Run
@@ -21,8 +21,6 @@ from blpo_rllib.tracking import GroupedWandb, InBackground, Mailbox, git_revisio
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from tracker_cost import DISCARD_PORT, Refusing, Silent, serve
-
-SILENT = wandb.Settings(silent=True)
 
 RESULT = {
     "training_iteration": 3,
@@ -146,16 +144,25 @@ class Process:
         self.process.put(items)
 
 
-def test_rows_travel_together_and_the_configuration_follows_its_changes(tmp_path, monkeypatch):
+@pytest.fixture
+def wandb_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # As a W&B run's process changes its own.
-    files = {"dir": str(tmp_path), "mode": "offline", "project": "p", "id": "i", "settings": SILENT}
-    run = wandb_process.WandbRun(
-        logdir=str(tmp_path), exclude=["config"], to_config=GroupedWandb.AUTO_CONFIG_KEYS,
-        config={"actor_lr": 0.1, "nystrom_rank": 2}, **files
-    )  # fmt: skip
-    process, trial = Process(run), Trial("a", "RUNNING")
+    monkeypatch.setattr("os.nice", lambda _: None)
+    files = {"dir": str(tmp_path), "mode": "offline", "project": "p", "id": "i", "name": "n"}
+    config = {"actor_lr": 0.1, "nystrom_rank": 2}
+    return wandb_process.WandbRun(str(tmp_path), None, {"silent": True}, config=config, **files)
+
+
+def written(run, folder):
+    run.run()
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    return Run(path)
+
+
+def test_rows_travel_together_and_the_configuration_follows_its_changes(tmp_path, wandb_run):
+    process, trial = Process(wandb_run), Trial("a", "RUNNING")
     trial.config = {"actor_lr": 0.1, "nystrom_rank": 2}
-    tracker = GroupedWandb(task="t", output=tmp_path, project="p", group="g")
+    tracker = GroupedWandb(task="t", output=tmp_path, project="p", group="g", excludes=["policy"])
     tracker._trial_logging_actors[trial], tracker._trial_queues[trial] = process, Mailbox(process)
     for iteration in range(1, 101):
         if iteration == 50:
@@ -165,23 +172,45 @@ def test_rows_travel_together_and_the_configuration_follows_its_changes(tmp_path
         tracker.log_trial_result(iteration, trial, {**RESULT, "training_iteration": iteration, "pid": 7})
     tracker._signal_logging_actor_stop(trial)
     assert 2 <= process.transfers <= 4
-    run.run()
-    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    found = Run(path)
+    found = written(wandb_run, tmp_path)
     assert [row["training_iteration"] for row in found.history] == list(range(1, 101))
+    assert [row["_step"] for row in found.history] == list(range(1, 101))
+    expected = {name for name in metrics.grouped(RESULT) if not name.startswith("policy/")}
+    assert {name for name in found.history[-1] if "/" in name} == expected
     assert found.history[-1]["bilevel/mixed_norm"] == 0.5
     assert (found.config["actor_lr"], found.config["nystrom_rank"], found.config["pid"]) == (0.2, 2, 7)
+
+
+def test_checkpoints_become_artifacts_and_a_deleted_one_costs_only_itself(tmp_path, wandb_run, caplog):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "state").write_text("weights")
+    row = (_QueueItem.RESULT.name, (1, {"a": 1.0}, {}))
+    kind = _QueueItem.CHECKPOINT.name
+    wandb_run.put([(kind, str(tmp_path / "gone")), (kind, str(tmp_path / "checkpoint")), row])
+    wandb_run.put([(_QueueItem.END.name, None)])
+    found = written(wandb_run, tmp_path)
+    assert "no artifact of" in caplog.text
+    assert [(a.name, a.type, [f.path for f in a.manifest.contents]) for a in found.artifacts] == [
+        ("checkpoint_n", "model", ["state"])
+    ]
+    assert found.history[-1]["a"] == 1.0
 
 
 def test_the_process_of_a_wandb_run_imports_little(tmp_path):
     path = tmp_path / "class.pkl"
     path.write_bytes(ray.cloudpickle.dumps(wandb_process.WandbRun))
-    script = (
-        f"import sys, ray.cloudpickle\nfound = ray.cloudpickle.loads(open({str(path)!r}, 'rb').read())\n"
-        "print(found.__mro__[1].__name__, sorted({'torch', 'ray.rllib', 'blpo_rllib'} & set(sys.modules)))"
-    )
+    modules = {"torch", "ray.rllib", "ray.tune", "ray.air", "pyarrow", "blpo_rllib"}
+    script = f"""
+import sys, ray.cloudpickle
+found = ray.cloudpickle.loads(open({str(path)!r}, 'rb').read())
+init = dict(dir={str(tmp_path)!r}, mode='offline', project='p', id='i', name='n')
+run = found({str(tmp_path)!r}, None, {{'silent': True}}, **init)
+run.put([('RESULT', (1, {{'a': 1.0}}, {{'b': 2}})), ('END', None)])
+run.run()
+print(sorted({modules!r} & set(sys.modules)))
+"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "_WandbLoggingActor []"
+    assert done.stdout.strip() == "[]"
 
 
 def test_git_revision(tmp_path):

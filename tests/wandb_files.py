@@ -48,6 +48,7 @@ class Run:
         kinds = [r.WhichOneof("record_type") for r in found]
         self.run = next(r.run for r, kind in zip(found, kinds) if kind == "run")
         self.history = [items(r.history.item) for r, kind in zip(found, kinds) if kind == "history"]
+        self.artifacts = [r.artifact for r, kind in zip(found, kinds) if kind == "artifact"]
         self.config, self.summary = items(self.run.config.update), {}
         for r, kind in zip(found, kinds):
             if kind == "config":
