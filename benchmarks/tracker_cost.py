@@ -165,6 +165,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--timesteps", type=int, default=500_000)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "tracker_cost.json")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the runs in --output, of the same --timesteps"
+    )
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--project", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -174,7 +177,12 @@ def main() -> None:
         return
     ports = {"dead": DISCARD_PORT, "silent": serve(Silent), "refusing": serve(Refusing)}
     runs: dict[str, list[dict[str, Any]]] = {endpoint: [] for endpoint in ENDPOINTS}
-    for _ in range(args.rounds):
+    if args.resume:
+        earlier = json.loads(args.output.read_text())
+        if earlier["timesteps"] != args.timesteps:
+            sys.exit(f"--timesteps {args.timesteps}, but the runs in {args.output} have {earlier['timesteps']}")
+        runs = earlier["runs"]
+    for _ in range(len(runs["none"]), args.rounds):
         for endpoint in ENDPOINTS:
             runs[endpoint].append(measure(endpoint, ports, args.timesteps))
             run = runs[endpoint][-1]
@@ -184,15 +192,19 @@ def main() -> None:
                 rows_cost(run),
                 flush=True,
             )
+    report(args, runs)
+
+
+def report(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Prints and keeps what the runs say."""
     summary: dict[str, dict[str, float]] = {}
     rows_without = np.ravel([rows_cost(run) for run in runs["none"]])
     start_without = np.array([start_seconds(run) for run in runs["none"]])
     seconds = float(np.mean([run["moments"][-1] for run in runs["none"]]))
     for endpoint in ENDPOINTS[1:]:
-        found = runs[endpoint]
-        inside = max(run["inside"] / run["moments"][-1] for run in found)
-        rows, rows_error = mean_and_error(np.ravel([rows_cost(run) for run in found]) - rows_without)
-        start, start_error = mean_and_error([start_seconds(run) for run in found] - start_without)
+        inside = max(run["inside"] / run["moments"][-1] for run in runs[endpoint])
+        rows, rows_error = mean_and_error(np.ravel([rows_cost(run) for run in runs[endpoint]]) - rows_without)
+        start, start_error = mean_and_error([start_seconds(run) for run in runs[endpoint]] - start_without)
         whole, whole_error = rows + start / seconds, math.hypot(rows_error, start_error / seconds)
         summary[endpoint] = {
             "inside": inside,
@@ -204,8 +216,8 @@ def main() -> None:
             f"{endpoint}: inside {inside:.3%}; rows {rows:.1%} ± {rows_error:.1%}; "
             f"start {start:.2f} ± {start_error:.2f} s; whole {whole:.1%} ± {whole_error:.1%} of {seconds:.0f} s"
         )
-    report = {**provenance(), "timesteps": args.timesteps, "seconds": seconds, "summary": summary, "runs": runs}
-    args.output.write_text(json.dumps(report) + "\n")
+    found = {**provenance(), "timesteps": args.timesteps, "seconds": seconds, "summary": summary, "runs": runs}
+    args.output.write_text(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":
