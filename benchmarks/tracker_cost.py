@@ -13,6 +13,8 @@ rows    time of the logged blocks over that of the blocks that are not logged, l
 start   seconds that the first iterations took beyond the pace of the blocks that are not logged, less the same in runs
         without W&B; the mean over rounds with its standard error
 whole   rows + start / seconds of the example: the part by which W&B lengthens it
+runs    as a check, the part by which these runs took longer than that of the same round without W&B, with half of the
+        rows after the first logged; their own differences are in the standard error
 """
 
 from __future__ import annotations
@@ -166,7 +168,7 @@ def main() -> None:
     parser.add_argument("--timesteps", type=int, default=500_000)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "tracker_cost.json")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the runs in --output, of the same --timesteps"
+        "--resume", action="store_true", help="go on with the runs in --output, of the same --timesteps and machine"
     )
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--project", help=argparse.SUPPRESS)
@@ -179,8 +181,9 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {endpoint: [] for endpoint in ENDPOINTS}
     if args.resume:
         earlier = json.loads(args.output.read_text())
-        if earlier["timesteps"] != args.timesteps:
-            sys.exit(f"--timesteps {args.timesteps}, but the runs in {args.output} have {earlier['timesteps']}")
+        for name, value in {"timesteps": args.timesteps, "machine": provenance()["machine"]}.items():
+            if earlier[name] != value:
+                sys.exit(f"{name} {value}, but the runs in {args.output} have {earlier[name]}")
         runs = earlier["runs"]
     for _ in range(len(runs["none"]), args.rounds):
         for endpoint in ENDPOINTS:
@@ -206,15 +209,23 @@ def report(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> N
         rows, rows_error = mean_and_error(np.ravel([rows_cost(run) for run in runs[endpoint]]) - rows_without)
         start, start_error = mean_and_error([start_seconds(run) for run in runs[endpoint]] - start_without)
         whole, whole_error = rows + start / seconds, math.hypot(rows_error, start_error / seconds)
+        longer, longer_error = mean_and_error(
+            [
+                run["moments"][-1] / without["moments"][-1] - 1
+                for run, without in zip(runs[endpoint], runs["none"], strict=True)
+            ]
+        )
         summary[endpoint] = {
             "inside": inside,
             "rows": rows, "rows_error": rows_error,
             "start_seconds": start, "start_error": start_error,
             "whole": whole, "whole_error": whole_error,
+            "runs": longer, "runs_error": longer_error,
         }  # fmt: skip
         print(
             f"{endpoint}: inside {inside:.3%}; rows {rows:.1%} ± {rows_error:.1%}; "
-            f"start {start:.2f} ± {start_error:.2f} s; whole {whole:.1%} ± {whole_error:.1%} of {seconds:.0f} s"
+            f"start {start:.2f} ± {start_error:.2f} s; whole {whole:.1%} ± {whole_error:.1%} of {seconds:.0f} s; "
+            f"runs {longer:.1%} ± {longer_error:.1%}"
         )
     found = {**provenance(), "timesteps": args.timesteps, "seconds": seconds, "summary": summary, "runs": runs}
     args.output.write_text(json.dumps(found) + "\n")
