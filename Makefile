@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 train: $(STAMP)
-	$(BIN)/python tuned_examples/train.py cartpole --stop-timesteps 100000
+	$(BIN)/python -m blpo_rllib.train cartpole --stop-timesteps 100000
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -27,9 +27,9 @@ test-slow: $(STAMP)
 test-chaos: $(STAMP)
 	$(BIN)/python -m pytest -m chaos --capture=no
 
-# Figures and tables from the runs in benchmarks/results/compare, and the table in README.md.
+# Figures and tables from the runs in studies/comparison/results, and the table in README.md.
 report: $(STAMP)
-	$(BIN)/python benchmarks/report.py --readme README.md
+	$(BIN)/python -m studies.comparison.report --readme README.md
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """Times whole training iterations, sampling and learning, of RLlib's PPO and of BLPO with gymnasium and with EnvPool.
 
-    python benchmarks/iteration.py --tasks hopper cartpole --iterations 5 --steps 500000
+    python -m benchmarks.iteration --tasks hopper cartpole --iterations 5 --steps 500000
 
 All in one process, with the same networks, batches, epochs and minibatches, and a local EnvRunner each: RLlib's own for
 PPO. They alternate by blocks of iterations; ratios are medians over the blocks of one run. ``--steps`` is how many
@@ -26,8 +26,8 @@ from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.connectors.env_to_module import MeanStdFilter
 
 from blpo_rllib import BLPOConfig
-from blpo_rllib.provenance import provenance
-from blpo_rllib.rl_module import REFERENCE_MODEL_CONFIG
+from blpo_rllib.experiments.provenance import provenance
+from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG
 
 BASELINE = "rllib_ppo"
 

@@ -1,8 +1,8 @@
 """The Hopper example with several EnvRunners, several learners, and both on a cluster: do they learn alike?
 
-    python benchmarks/on_cluster.py --seeds 0 1 2 --stop-timesteps 120000
-    python benchmarks/on_cluster.py --seeds 3 4 --stop-timesteps 120000 --add
-    python benchmarks/on_cluster.py --groups env_runners learners --seeds 0 1 2 --stop-timesteps 120000 --add
+    python -m benchmarks.on_cluster --seeds 0 1 2 --stop-timesteps 120000
+    python -m benchmarks.on_cluster --seeds 3 4 --stop-timesteps 120000 --add
+    python -m benchmarks.on_cluster --groups env_runners learners --seeds 0 1 2 --stop-timesteps 120000 --add
 
 =========== =========== ======== =====================================================
 group       EnvRunners  learners where
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,8 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 
-from blpo_rllib.provenance import provenance
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tuned_examples"))
-from batches import published_batches
-from hopper_blpo import config
+from blpo_rllib.experiments.provenance import provenance
+from blpo_rllib.tasks import TASKS, published_batches
 
 NUM_ENVS = 33
 # EnvRunners and learners by group; 0 is a local one.
@@ -53,7 +49,7 @@ def count_return(*, episode: Any, metrics_logger: Any, **_: Any) -> None:
 def setup(seed: int, num_env_runners: int, num_learners: int) -> Any:
     """The example with segments of 320 steps, of which each of two learners gets one a minibatch."""
     parts = max(1, num_learners)
-    c = published_batches(config()).training(
+    c = published_batches(TASKS["hopper"].config()).training(
         train_batch_size_per_learner=BATCH // parts, minibatch_size=MINIBATCH // parts, segment_length=320
     )
     c.env_runners(num_env_runners=num_env_runners, num_envs_per_env_runner=NUM_ENVS // max(1, num_env_runners))

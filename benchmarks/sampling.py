@@ -1,6 +1,6 @@
 """Times sampling alone: RLlib's EnvRunner and BLPO's, with gymnasium and with EnvPool, for vectors of several sizes.
 
-    python benchmarks/sampling.py --env Hopper-v5 --num-envs 1 4 16 32 128 --num-env-runners 0 1 2
+    python -m benchmarks.sampling --env Hopper-v5 --num-envs 1 4 16 32 128 --num-env-runners 0 1 2
 
 Each contestant samples with random weights of the reference's networks and, for continuous actions, with normalised
 observations. Rounds of the contestants alternate; the table shows environment steps per second, medians over rounds of
@@ -27,8 +27,8 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.execution.rollout_ops import synchronous_parallel_sample
 
 from blpo_rllib import BLPOConfig
-from blpo_rllib.env_runner import BatchedEnvRunner
-from blpo_rllib.provenance import provenance
+from blpo_rllib.experiments.provenance import provenance
+from blpo_rllib.sampling.env_runner import BatchedEnvRunner
 
 CONTESTANTS: dict[str, tuple[type, str]] = {
     "rllib": (SingleAgentEnvRunner, "{}"),

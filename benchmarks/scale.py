@@ -1,6 +1,6 @@
 """Time and memory of an update against Nyström rank, critic width and batch; and of the rows of a large Hessian.
 
-    python benchmarks/scale.py --output benchmarks/results/scale.json
+    python -m benchmarks.scale --output benchmarks/results/scale.json
 
 Times are milliseconds per minibatch of whole update phases with the learners of :mod:`update_phase` (Hopper's
 observations and actions), and their ratios to RLlib's PPO learner on the same batch in the same run. Memory is what the
@@ -25,8 +25,8 @@ from ray.rllib.core.learner.training_data import TrainingData
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from update_phase import SHAPES, configure, measure, random_episodes, time_round
 
+from benchmarks.update_phase import SHAPES, configure, measure, random_episodes, time_round
 from blpo_rllib import BLPOConfig
 from blpo_rllib.core import native
 from blpo_rllib.core.curvature import CriticLoss, Hessian
@@ -34,7 +34,7 @@ from blpo_rllib.core.ihvp import Nystrom
 from blpo_rllib.core.mlp import MLP
 from blpo_rllib.core.mlp_native import critic_pass
 from blpo_rllib.core.reduction import Reduction
-from blpo_rllib.provenance import provenance
+from blpo_rllib.experiments.provenance import provenance
 
 # Observations, three hidden layers and a value: 10.4 million parameters.
 LARGE = (376, 2176, 2176, 2176, 1)
@@ -128,7 +128,7 @@ def large_product(rank: int, device: str) -> dict[str, float]:
 
 def in_own_process(kind: str, arguments: dict, device: str, threads: int) -> dict[str, float]:
     """Runs one of the memory measurements above in a fresh process."""
-    command = [sys.executable, __file__, "--device", device, "--threads", str(threads)]
+    command = [sys.executable, "-m", "benchmarks.scale", "--device", device, "--threads", str(threads)]
     result = subprocess.run(
         [*command, "--only", json.dumps([kind, arguments])], check=True, stdout=subprocess.PIPE, text=True
     )

@@ -1,6 +1,6 @@
 """What EnvRunners and learners add, measured here, and a model of larger clusters calibrated on that.
 
-    python benchmarks/scaling.py --num-env-runners 1 2 --num-learners 2
+    python -m benchmarks.scaling --num-env-runners 1 2 --num-learners 2
 
 Measured: environment steps per second against remote EnvRunners, with the time that passes outside them (calls,
 transport of episodes, weights); one update of the same global batch against learners, with the number and bytes of the
@@ -30,11 +30,11 @@ import torch
 from ray.rllib.core.learner.training_data import TrainingData
 from rich.console import Console
 from rich.table import Table
-from sampling import sampler
-from update_phase import SHAPES, configure, random_episodes
 
+from benchmarks.sampling import sampler
+from benchmarks.update_phase import SHAPES, configure, random_episodes
 from blpo_rllib import BLPOConfig
-from blpo_rllib.provenance import provenance
+from blpo_rllib.experiments.provenance import provenance
 
 SHAPE = SHAPES["hopper"]
 NUM_MINIBATCHES = 32

@@ -1,6 +1,6 @@
 """What W&B costs training when its server is dead, never answers, or refuses the key.
 
-    python benchmarks/tracker_cost.py
+    python -m benchmarks.tracker_cost
 
 Trains the CartPole example with Tune, each time in a process of its own: without W&B, and with W&B against a port on
 loopback where nobody listens, against a server that takes requests and never answers, and against one that answers 401.
@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from blpo_rllib.provenance import provenance
+from blpo_rllib.experiments.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 ENDPOINTS = ("none", "dead", "silent", "refusing")
@@ -80,10 +80,8 @@ def train(folder: Path, project: str | None, timesteps: int) -> dict[str, Any]:
     import ray
     from ray import tune
 
-    from blpo_rllib import tracking
-
-    sys.path.insert(0, str(ROOT / "tuned_examples"))
-    from cartpole_blpo import config
+    from blpo_rllib.experiments import tracking
+    from blpo_rllib.tasks import TASKS
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     moments: list[float] = []
@@ -114,7 +112,9 @@ def train(folder: Path, project: str | None, timesteps: int) -> dict[str, Any]:
         stop={"env_runners/num_env_steps_sampled_lifetime": timesteps},
         verbose=0,
     )
-    results = tune.Tuner("BLPO", param_space=config().debugging(seed=0, log_level="ERROR"), run_config=run_config).fit()
+    results = tune.Tuner(
+        "BLPO", param_space=TASKS["cartpole"].config().debugging(seed=0, log_level="ERROR"), run_config=run_config
+    ).fit()
     assert not results.errors
     return {"moments": [round(m - moments[0], 4) for m in moments], "inside": sum(inside)}
 
@@ -154,7 +154,7 @@ def measure(endpoint: str, ports: dict[str, int], timesteps: int) -> dict[str, A
         environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": folder}
         if endpoint != "none":
             environment |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{ports[endpoint]}"}
-        command = [sys.executable, __file__, "--run", folder, "--timesteps", str(timesteps)]
+        command = [sys.executable, "-m", "benchmarks.tracker_cost", "--run", folder, "--timesteps", str(timesteps)]
         command += ["--project", "p"] if endpoint != "none" else []
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

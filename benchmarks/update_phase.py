@@ -1,6 +1,6 @@
 """Times the update phase of BLPO, nested PPO and RLlib's own PPO learner on one random batch, in one process.
 
-    python benchmarks/update_phase.py --shapes hopper cartpole --rank 5 --device cpu --threads 2
+    python -m benchmarks.update_phase --shapes hopper cartpole --rank 5 --device cpu --threads 2
 
 Each learner gets the same episodes, turned into its train batch by its own connectors beforehand; what is timed is
 ``Learner.update(batch=...)``: all epochs and minibatches, metrics included. Rounds of the learners alternate, and the
@@ -25,8 +25,8 @@ from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from blpo_rllib import BLPOConfig
-from blpo_rllib.provenance import provenance
-from blpo_rllib.rl_module import REFERENCE_MODEL_CONFIG
+from blpo_rllib.experiments.provenance import provenance
+from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG
 
 
 @dataclass(frozen=True)

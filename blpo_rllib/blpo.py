@@ -29,10 +29,10 @@ from blpo_rllib import checkpoints
 from blpo_rllib.core.curvature import CURVATURES, Curvature
 from blpo_rllib.core.hypergradient import CROSS_REDUCTIONS
 from blpo_rllib.core.ihvp import ConjugateGradient, Exact, IHVPSolver, Nystrom, ScaledIdentity
-from blpo_rllib.env_runner import BatchedEnvRunner
-from blpo_rllib.envpool import check_task, envpool_task
-from blpo_rllib.players import RLModulePlayers, check_module_class
-from blpo_rllib.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
+from blpo_rllib.learning.players import RLModulePlayers, check_module_class
+from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
+from blpo_rllib.sampling.env_runner import BatchedEnvRunner
+from blpo_rllib.sampling.envpool import check_task, envpool_task
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ class BLPOConfig(PPOConfig):
 
     @override(PPOConfig)
     def get_default_learner_class(self) -> type:
-        from blpo_rllib.learner import BLPOTorchLearner
+        from blpo_rllib.learning.learner import BLPOTorchLearner
 
         return BLPOTorchLearner
 
@@ -403,7 +403,7 @@ def _end_process() -> None:
 
 
 class BLPO(PPO):
-    """PPO's synchronous sample-and-learn loop with a bilevel learner: :class:`~blpo_rllib.learner.BLPOTorchLearner`.
+    """PPO's synchronous sample-and-learn loop with :class:`~blpo_rllib.learning.learner.BLPOTorchLearner`.
 
     Checkpoints are sealed (:mod:`blpo_rllib.checkpoints`), and one that is torn or foreign is refused. In a Tune trial
     the algorithm goes back by itself to the trial's newest whole checkpoint, whenever it is started.

@@ -29,7 +29,7 @@ from ray.cluster_utils import Cluster
 # Ray brings its own, and finds it once it is imported itself.
 import psutil
 
-from blpo_rllib.provenance import provenance
+from blpo_rllib.experiments.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES = 3

@@ -24,6 +24,8 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.local.config import bootstrap_local
 from ray.autoscaler._private.resource_demand_scheduler import get_bin_pack_residual
 
+from blpo_rllib.tasks import TASKS
+
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "cluster"
 CRDS = Path(os.environ.get("KUBERAY_CRDS", ROOT / "../shared/kuberay-crds"))
@@ -466,7 +468,6 @@ def parse_with_the_examples_parser(script, arguments, monkeypatch):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
-    monkeypatch.syspath_prepend(str(script.parent))
     with pytest.raises(Parsed) as caught:
         runpy.run_path(str(script), run_name="__main__")
     return caught.value.args[0]
@@ -509,7 +510,7 @@ def bundles(command, monkeypatch):
     """The resources that RLlib asks Ray for when it runs the command, by RLlib's own account."""
     script, arguments = script_and_arguments(command)
     options = parse_with_the_examples_parser(script, arguments, monkeypatch)
-    config = runpy.run_path(str(script))["config"]()
+    config = TASKS[script.stem.removesuffix("_blpo")].config()
     config.env_runners(
         num_env_runners=options.num_env_runners, num_envs_per_env_runner=options.num_envs_per_env_runner or 32
     )

@@ -1,6 +1,5 @@
 """The comparison with PPO: equal terms, runs end to end and on resume, and the report's numbers computed anew."""
 
-import importlib
 import math
 import os
 import subprocess
@@ -14,14 +13,14 @@ from ray.rllib.connectors.learner import GeneralAdvantageEstimation
 from rliable.metrics import probability_of_improvement as rliable_probability_of_improvement
 from scipy.stats import trim_mean
 
-from blpo_rllib import BLPOConfig, example_script
-from blpo_rllib.connectors import RewardScale
+from blpo_rllib import BLPOConfig
+from blpo_rllib.experiments import command_line
+from blpo_rllib.learning.connectors import RewardScale
+from blpo_rllib.tasks import TASKS, published_batches
+from studies.comparison import compare as compare_script
+from studies.comparison import contestants, report
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-contestants, report, compare_script = (importlib.import_module(name) for name in ("contestants", "report", "compare"))
-batches = importlib.import_module("batches")
-
 
 SHARED = ("gamma", "lambda_", "clip_param", "num_epochs", "train_batch_size_per_learner", "minibatch_size")
 
@@ -130,7 +129,7 @@ def test_evaluations_start_alike_and_leave_the_statistics_of_training_alone():
 
 def compare(output, *arguments):
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, ROOT / "benchmarks" / "compare.py", "--output", output, "--steps", "1024"]
+    command = [sys.executable, "-m", "studies.comparison.compare", "--output", output, "--steps", "1024"]
     command += ["--tasks", "cartpole", "--max-concurrent", "1", "--seeds", "1", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
@@ -275,31 +274,25 @@ def test_partial_results_are_reported_bit_for_bit(tmp_path):
 
 
 def test_what_cannot_be_reported_says_why(tmp_path):
-    with pytest.raises(ValueError, match="has no runs: run benchmarks/compare.py"):
+    with pytest.raises(ValueError, match="has no runs: run studies/comparison/compare.py"):
         report.report(tmp_path)
     with pytest.raises(ValueError, match="the README needs <!-- compare:begin -->"):
         report.between_markers("nothing here", "table")
 
 
-def test_examples_of_all_tasks_are_those_of_train_py():
-    import train
-
-    assert set(contestants.TASKS) == set(train.EXAMPLES)
+def test_all_tuned_tasks_are_compared():
+    assert set(contestants.TASKS) == set(TASKS)
     assert all(isinstance(contestants.example(task, "gymnasium"), BLPOConfig) for task in contestants.TASKS)
 
 
 @pytest.mark.parametrize("task", ["inverted_double_pendulum", "hopper", "walker2d", "halfcheetah"])
 def test_examples_have_the_published_batches_as_an_option(task, monkeypatch):
-    config = importlib.import_module(f"{task}_blpo").config()
+    config = TASKS[task].config()
     seen = []
-    monkeypatch.setattr(
-        example_script, "run_rllib_example_script_experiment", lambda config, *_, **__: seen.append(config)
-    )
+    monkeypatch.setattr(command_line, "run_rllib_command_line_experiment", lambda config, *_, **__: seen.append(config))
     for options in ([], ["--published-batches"]):
         monkeypatch.setattr(sys, "argv", ["example", "--no-tune", *options])
-        example_script.run_example(
-            config.copy(), stop_reward=1.0, stop_timesteps=1, published=batches.published_batches
-        )
+        command_line.run_example(config.copy(), stop_reward=1.0, stop_timesteps=1, published=published_batches)
     of_segments = ("num_envs_per_env_runner", "train_batch_size_per_learner", "minibatch_size", "num_epochs")
     small, published = ([getattr(c, name) for name in of_segments] for c in seen)
     assert small == [16, 2048, 512, 10]

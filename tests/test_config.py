@@ -14,7 +14,7 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from blpo_rllib import BLPOConfig
 from blpo_rllib.core.curvature import GaussNewton
 from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom, ScaledIdentity
-from blpo_rllib.learner import BLPOTorchLearner
+from blpo_rllib.learning.learner import BLPOTorchLearner
 
 
 def config():

@@ -1,16 +1,11 @@
 """The hypergradient reaches a local Stackelberg equilibrium where theory says so, and what keeps it from there."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from convergence import NUM_STATES, Game, Rule, conditions, gradient_errors, play, rate, rules
-
 from blpo_rllib.core.ihvp import Exact, Nystrom
+from studies.convergence.convergence import NUM_STATES, Game, Rule, conditions, gradient_errors, play, rate, rules
 
 # One process with a critic that can be right everywhere, and with one that cannot.
 GAMES = {p: Game.random(p, seed=2) for p in (NUM_STATES, 3)}

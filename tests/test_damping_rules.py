@@ -1,8 +1,6 @@
 """Dampings that follow the curvature, against dense linear algebra in float64."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import scipy.stats
@@ -15,10 +13,8 @@ from test_update import SETTINGS, compiled, make, twins, weights
 from blpo_rllib.core.curvature import Hessian
 from blpo_rllib.core.ihvp import Nystrom
 from blpo_rllib.core.reduction import Reduction
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from auto_damping import Estimate, judge
-from damping_rules import LEAST_DAMPING, LevenbergMarquardtNystrom, SpectralNystrom
+from studies.sweeps.auto_damping import Estimate, judge
+from studies.sweeps.damping_rules import LEAST_DAMPING, LevenbergMarquardtNystrom, SpectralNystrom
 
 RULES = pytest.mark.parametrize("rule", [SpectralNystrom(4), LevenbergMarquardtNystrom(4, 2.0)], ids=["spectral", "lm"])
 

@@ -27,7 +27,7 @@ from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentBatch, SegmentPlan
 from blpo_rllib.core.update import BilevelUpdate
-from blpo_rllib.rl_module import BLPOTorchRLModule
+from blpo_rllib.learning.rl_module import BLPOTorchRLModule
 
 NUM_UPDATES = 20
 

@@ -20,8 +20,8 @@ from ray.rllib.examples.envs.classes.multi_agent import MultiAgentCartPole
 from ray.rllib.utils.filter import RunningStat
 
 from blpo_rllib import BLPO, BLPOConfig
-from blpo_rllib.acting import push, push_delta
-from blpo_rllib.env_runner import BatchedEnvRunner
+from blpo_rllib.sampling.acting import push, push_delta
+from blpo_rllib.sampling.env_runner import BatchedEnvRunner
 
 VECTOR = Box(-2, 2, (3,), np.float32)
 DOUBLE = Box(-2, 2, (3,), np.float64)
@@ -441,7 +441,7 @@ def obstacles():
 def test_what_stands_in_the_way_is_named_and_sampled_by_rllibs_loop(c, reason, caplog):
     made = runner(BatchedEnvRunner, c)
     assert reason in made.obstacle()
-    with caplog.at_level("INFO", logger="blpo_rllib.env_runner"):
+    with caplog.at_level("INFO", logger="blpo_rllib.sampling.env_runner"):
         for _ in range(2):
             assert sum(len(episode) for episode in made.sample(num_timesteps=8)) >= 8
     assert sum(reason in record.message for record in caplog.records) == 1

@@ -12,8 +12,8 @@ from ray.rllib.connectors.env_to_module import MeanStdFilter
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
 from blpo_rllib import BLPOConfig
-from blpo_rllib.env_runner import BatchedEnvRunner
-from blpo_rllib.envpool import EnvPoolCreator, EnvPoolVectorEnv
+from blpo_rllib.sampling.env_runner import BatchedEnvRunner
+from blpo_rllib.sampling.envpool import EnvPoolCreator, EnvPoolVectorEnv
 
 TASKS = ["CartPole-v1", "Acrobot-v1", "Hopper-v5"]
 

@@ -19,11 +19,12 @@ import ray
 import torch
 from ray import tune
 
-from blpo_rllib import BLPO, BLPOConfig, checkpoints, example_script
-from blpo_rllib.learner import BLPOTorchLearner
+from blpo_rllib import BLPO, BLPOConfig, checkpoints
+from blpo_rllib.experiments import command_line
+from blpo_rllib.learning.learner import BLPOTorchLearner
+from blpo_rllib.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tuned_examples")]
 LOCAL = pyarrow.fs.LocalFileSystem()
 
 
@@ -101,10 +102,8 @@ def went_on_after(rows):
 
 def uninterrupted(iterations):
     """The rows of the same training in this process, by RLlib alone."""
-    import cartpole_blpo
-
     torch.set_num_threads(1)
-    algo = cartpole_blpo.config().debugging(seed=0, log_level="ERROR").build_algo()
+    algo = TASKS["cartpole"].config().debugging(seed=0, log_level="ERROR").build_algo()
     rows = [algo.train() for _ in range(iterations)]
     algo.stop()
     return rows
@@ -178,7 +177,7 @@ def test_a_learner_that_cannot_be_made_is_said_to_the_user(tmp_path):
 def parse(monkeypatch, capsys):
     def parse(*options):
         monkeypatch.setattr(sys, "argv", ["example.py", *map(str, options)])
-        return example_script.parse_command_line(100.0, 1000)
+        return command_line.parse_command_line(100.0, 1000)
 
     return parse
 
@@ -212,5 +211,5 @@ def test_callbacks_never_end_training(caplog):
     def full_disk():
         raise OSError("No space left on device")
 
-    example_script._guarded(full_disk)
+    command_line._guarded(full_disk)
     assert "full_disk failed; training goes on" in caplog.text

@@ -12,8 +12,8 @@ from ray.rllib.core.learner.training_data import TrainingData
 from test_gae import loop_advantages
 
 from blpo_rllib import BLPOConfig
-from blpo_rllib.connectors import RewardScale
 from blpo_rllib.core.reduction import Reduction
+from blpo_rllib.learning.connectors import RewardScale
 
 
 def config(**training):

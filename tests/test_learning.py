@@ -1,18 +1,16 @@
 """BLPO learns: the tuned CartPole example reaches what the published implementation reaches there."""
 
+import json
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tuned_examples"))
+from blpo_rllib import train
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_cartpole(seed, tmp_path):
-    import train
-
     run = train.train("cartpole", seed, 100_000, tmp_path)
     bins = train.binned_returns(run["rows"])
     assert bins[100_000] >= 475
@@ -20,10 +18,6 @@ def test_cartpole(seed, tmp_path):
 
 
 def test_training_script_writes_checkpoint_results_and_curve(tmp_path, monkeypatch, capsys):
-    import json
-
-    import train
-
     argv = ["train.py", "cartpole", "--seeds", "0", "1", "--stop-timesteps", "600", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", argv)
     train.main()
@@ -39,8 +33,6 @@ def test_training_script_writes_checkpoint_results_and_curve(tmp_path, monkeypat
 
 
 def test_bins_weigh_episodes():
-    import train
-
     rows = [
         {"env_steps": 10, "episodes": 1, "return": 4.0},
         {"env_steps": 20, "episodes": 3, "return": 8.0},

@@ -8,8 +8,8 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from blpo_rllib.core.mlp import MLPActorPass, MLPCriticPass
 from blpo_rllib.core.networks import AutogradActorPass, AutogradCriticPass
-from blpo_rllib.players import RLModulePlayers
-from blpo_rllib.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
+from blpo_rllib.learning.players import RLModulePlayers
+from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
 
 N, OBS_SIZE = 30, 5
 ACTION_SPACES = {

@@ -14,8 +14,8 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.tune.registry import register_env
 
 from blpo_rllib import BLPOConfig
-from blpo_rllib.env_runner import BatchedEnvRunner
-from blpo_rllib.process_env import ProcessVectorEnv
+from blpo_rllib.sampling.env_runner import BatchedEnvRunner
+from blpo_rllib.sampling.process_env import ProcessVectorEnv
 
 
 class Scripted(gym.Env):

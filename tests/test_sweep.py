@@ -22,18 +22,18 @@ from wandb_files import Run
 
 from blpo_rllib import checkpoints
 from blpo_rllib.core.curvature import Hessian
-from blpo_rllib.core.fidelity import Oracle
+from blpo_rllib.core.exact_hypergradient import Oracle
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss
 from blpo_rllib.core.ihvp import Exact, Nystrom
 from blpo_rllib.core.minibatch import UpdateSettings
-from blpo_rllib.metrics import ENV_STEPS, EPISODE_RETURN, EPISODES
-from blpo_rllib.progress import RichReporter
+from blpo_rllib.experiments.metrics import ENV_STEPS, EPISODE_RETURN, EPISODES
+from blpo_rllib.experiments.progress import RichReporter
+from blpo_rllib.experiments.tracking import trackers
 from blpo_rllib.sweep import SweepPlan, TrialFiles, report, run_sweep
 from blpo_rllib.sweep.fidelity import measure_fidelity
 from blpo_rllib.sweep.records import FAILED, FINISHED, STOPPED
 from blpo_rllib.sweep.report import FIGURES
 from blpo_rllib.sweep.search import OptunaPoints, Points, scheduler_of
-from blpo_rllib.tracking import trackers
 
 RANDOM = {"nystrom_rank": (1, 20), "nystrom_damping": (0.01, 50.0), "hypergradient_bound": (0.5, 2.0)}
 

@@ -15,12 +15,10 @@ from ray.tune.logger import LoggerCallback
 from rich.console import Console
 from wandb_files import Run
 
-from blpo_rllib import dashboard, metrics, wandb_process
-from blpo_rllib.progress import RichReporter, duration
-from blpo_rllib.tracking import GroupedWandb, InBackground, Mailbox, git_revision
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from tracker_cost import DISCARD_PORT, Refusing, Silent, serve
+from benchmarks.tracker_cost import DISCARD_PORT, Refusing, Silent, serve
+from blpo_rllib.experiments import dashboard, metrics, wandb_process
+from blpo_rllib.experiments.progress import RichReporter, duration
+from blpo_rllib.experiments.tracking import GroupedWandb, InBackground, Mailbox, git_revision
 
 RESULT = {
     "training_iteration": 3,
@@ -257,7 +255,7 @@ def test_dashboard_without_network_goes_to_a_file(tmp_path, capsys, monkeypatch)
         dashboard.main()
     assert exit_.value.code == 0
     assert json.loads(path.read_text()) == dashboard.specification("e", "p") or path.stat().st_size > 10_000
-    assert "python -m blpo_rllib.dashboard --entity e --project p" in capsys.readouterr().err
+    assert "python -m blpo_rllib.experiments.dashboard --entity e --project p" in capsys.readouterr().err
 
 
 class Trial:
@@ -297,7 +295,7 @@ import sys, time
 from pathlib import Path
 import ray
 from blpo_rllib.sweep import run_sweep
-from blpo_rllib import tracking
+from blpo_rllib.experiments import tracking
 from small_sweep import BATCH, Mark, small_config, small_plan
 tracking.INIT_SECONDS = 15.0
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)

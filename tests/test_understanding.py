@@ -1,28 +1,22 @@
 """The studies of what BLPO's parts do: their identities, and that each measures what it says."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import ray
 import torch
 from problems import SmallPlayers, random_batch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import understanding
-import variants
-from convergence import NUM_STATES, Game, finite_differences
-from cross_term import exact_mixed_product, expected_hypergradient
-from variants import DIRECTIONS, redirected
-
 from blpo_rllib import BLPOConfig
 from blpo_rllib.core.curvature import GaussNewton, Hessian
-from blpo_rllib.core.fidelity import Oracle
+from blpo_rllib.core.exact_hypergradient import Oracle
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss
 from blpo_rllib.core.ihvp import Nystrom
 from blpo_rllib.core.minibatch import UpdateSettings
 from blpo_rllib.sweep.records import TrialFiles
+from studies.convergence.convergence import NUM_STATES, Game, finite_differences
+from studies.understanding import understanding, variants
+from studies.understanding.cross_term import exact_mixed_product, expected_hypergradient
+from studies.understanding.variants import DIRECTIONS, redirected
 
 # The published cross term, in expectation.
 
@@ -73,7 +67,7 @@ def small_oracle(curvature=Hessian, bound=1.0):
 @pytest.mark.parametrize("bound", [None, 0.5])
 def test_other_directions_have_the_same_norm(monkeypatch, name, bound):
     plain = small_oracle(bound=bound).at(Nystrom(3), np.random.default_rng(0))
-    monkeypatch.setattr("blpo_rllib.core.fidelity.hypergradient", redirected(DIRECTIONS[name], seed=0))
+    monkeypatch.setattr("blpo_rllib.core.exact_hypergradient.hypergradient", redirected(DIRECTIONS[name], seed=0))
     other = small_oracle(bound=bound).at(Nystrom(3), np.random.default_rng(0))
     applied, before = (x.grad_actor - x.direction for x in (other, plain))
     torch.testing.assert_close(applied.norm(), before.norm())

@@ -1,23 +1,6 @@
-"""BLPO on Reacher-v5 on RLlib's normalised observations and scaled rewards.
+"""BLPO on Reacher-v5: ``python tuned_examples/reacher_blpo.py --help``; settings in blpo_rllib/tasks.py."""
 
-python tuned_examples/reacher_blpo.py --stop-timesteps 1000000
-"""
-
-from ray.rllib.connectors.env_to_module import MeanStdFilter
-
-from blpo_rllib import BLPOConfig
-from blpo_rllib.example_script import run_example
-
-
-def config() -> BLPOConfig:
-    """The defaults, which are the published batches: the reference has no settings of its own for this task."""
-    return (
-        BLPOConfig()
-        .environment("Reacher-v5")
-        .env_runners(env_to_module_connector=lambda env, spaces, device: MeanStdFilter())
-        .training(normalize_rewards=True)
-    )
-
+from blpo_rllib.experiments.command_line import run_task
 
 if __name__ == "__main__":
-    run_example(config(), stop_reward=-6.0, stop_timesteps=1_000_000)
+    run_task("reacher")

@@ -9,16 +9,16 @@ A sweep may be interrupted at any moment; the same command with --resume goes on
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from pathlib import Path
 
 import ray
 
+from blpo_rllib.experiments.tracking import trackers
 from blpo_rllib.sweep import SweepPlan, TrialFiles, report, run_sweep
 from blpo_rllib.sweep.fidelity import measure_fidelity
 from blpo_rllib.sweep.plan import OBJECTIVES, SEARCHES
-from blpo_rllib.tracking import trackers
+from blpo_rllib.tasks import TASKS
 
 EXAMPLES = ("cartpole", "acrobot", "hopper")
 # Field of BLPOConfig by option; the values of a grid, or the ends of what is drawn from.
@@ -82,7 +82,7 @@ def main() -> None:
     output = (args.output or Path("results") / f"sweep_{args.example}{'_smoke' if args.smoke else ''}").resolve()
     try:
         plan = plan_of(args)
-        config = importlib.import_module(f"{args.example}_blpo").config().debugging(log_level="ERROR")
+        config = TASKS[args.example].config().debugging(log_level="ERROR")
         callbacks = trackers(plan.task, plan.name, output, args.wandb_project, args.wandb_checkpoints)
         ray.init(num_cpus=args.num_cpus, log_to_driver=False, include_dashboard=False, ignore_reinit_error=True)
         files = run_sweep(

@@ -1,25 +1,6 @@
-"""BLPO on Walker2d-v5 on RLlib's normalised observations and scaled rewards.
+"""BLPO on Walker2d-v5: ``python tuned_examples/walker2d_blpo.py --help``; settings in blpo_rllib/tasks.py."""
 
-python tuned_examples/walker2d_blpo.py --stop-timesteps 1000000
-python tuned_examples/walker2d_blpo.py --published-batches    # batches of 20,480 steps
-"""
-
-from batches import published_batches, small_batches
-from ray.rllib.connectors.env_to_module import MeanStdFilter
-
-from blpo_rllib import BLPOConfig
-from blpo_rllib.example_script import run_example
-
-
-def config() -> BLPOConfig:
-    """The reference's settings but for the batches: 3 nested steps, bound 0.8, cross clip 0.84."""
-    return small_batches(
-        BLPOConfig()
-        .environment("Walker2d-v5")
-        .env_runners(env_to_module_connector=lambda env, spaces, device: MeanStdFilter())
-        .training(num_critic_updates=3, hypergradient_bound=0.8, cross_clip_param=0.84, normalize_rewards=True)
-    )
-
+from blpo_rllib.experiments.command_line import run_task
 
 if __name__ == "__main__":
-    run_example(config(), stop_reward=4000.0, stop_timesteps=1_000_000, published=published_batches)
+    run_task("walker2d")

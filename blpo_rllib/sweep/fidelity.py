@@ -17,10 +17,10 @@ from ray.rllib.core.learner.training_data import TrainingData
 
 from blpo_rllib import checkpoints
 from blpo_rllib.blpo import BLPO
-from blpo_rllib.core.fidelity import Fidelity, Oracle
+from blpo_rllib.core.exact_hypergradient import Fidelity, Oracle
 from blpo_rllib.core.minibatch import UpdateSettings
 from blpo_rllib.core.segments import SegmentBatch
-from blpo_rllib.players import RLModulePlayers
+from blpo_rllib.learning.players import RLModulePlayers
 from blpo_rllib.sweep.plan import DAMPING, SweepPlan
 from blpo_rllib.sweep.records import FINISHED, TrialFiles, write_whole
 
@@ -39,7 +39,7 @@ def measure_fidelity(output: Path, plan: SweepPlan, files: TrialFiles, seeds: in
         seeds: Measure the trials of the first so many seeds.
 
     Returns:
-        The numbers of :class:`~blpo_rllib.core.fidelity.Fidelity`, by trial name.
+        The numbers of :class:`~blpo_rllib.core.exact_hypergradient.Fidelity`, by trial name.
     """
     folder = output / "fidelity"
     wanted = [n for n, record in files.ended().items() if record["status"] == FINISHED and record["seed"] < seeds]
@@ -76,7 +76,7 @@ def fidelity_of(algo: Any, reference_damping: float) -> Fidelity:
 
     Args:
         algo: See :func:`problem_of`.
-        reference_damping: See :meth:`~blpo_rllib.core.fidelity.Oracle.compare`.
+        reference_damping: See :meth:`~blpo_rllib.core.exact_hypergradient.Oracle.compare`.
     """
     solver = algo.config.get_ihvp_solver()
     if solver is None:

@@ -18,7 +18,7 @@ import numpy as np
 from ray import tune
 from ray.tune.experiment import Trial
 
-from blpo_rllib.metrics import ENV_STEPS, EPISODE_RETURN, EPISODES, SECONDS, grouped, iteration
+from blpo_rllib.experiments.metrics import ENV_STEPS, EPISODE_RETURN, EPISODES, SECONDS, grouped, iteration
 from blpo_rllib.sweep.plan import Plan
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from blpo_rllib.metrics import UPDATE_SECONDS, metric_name
+from blpo_rllib.experiments.metrics import UPDATE_SECONDS, metric_name
 from blpo_rllib.sweep.plan import AXES, DAMPING, RANK, SweepPlan
 from blpo_rllib.sweep.records import FAILED, TrialFiles
 

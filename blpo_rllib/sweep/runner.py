@@ -15,7 +15,7 @@ from ray.tune.experiment import Trial
 from ray.tune.progress_reporter import ProgressReporter
 
 from blpo_rllib.blpo import BLPO, BLPOConfig
-from blpo_rllib.progress import RichReporter
+from blpo_rllib.experiments.progress import RichReporter
 from blpo_rllib.sweep.plan import PBT_FIELDS, Plan, SweepPlan
 from blpo_rllib.sweep.records import Recorder, TrialFiles, write_whole
 from blpo_rllib.sweep.search import STEPS, Points, PointSearch, scheduler_of
@@ -56,7 +56,7 @@ def run_sweep(
         gpus_per_trial: GPU of each trial's learner, 0.25 for four trials on one.
         max_concurrent: Trials at the same time; None for as many as there are resources.
         callbacks: Trackers and others.
-        reporter: Progress at the terminal; None for :class:`~blpo_rllib.progress.RichReporter`.
+        reporter: Progress at the terminal; None for :class:`~blpo_rllib.experiments.progress.RichReporter`.
 
     Returns:
         The files of the trials.

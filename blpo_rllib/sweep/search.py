@@ -14,7 +14,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
-from blpo_rllib.metrics import ENV_STEPS, EPISODE_RETURN, RUN_METRICS
+from blpo_rllib.experiments.metrics import ENV_STEPS, EPISODE_RETURN, RUN_METRICS
 from blpo_rllib.sweep.plan import AXES, PBT_FIELDS, Point, SweepPlan, rounded
 from blpo_rllib.sweep.records import FAILED, TrialFiles, write_whole
 

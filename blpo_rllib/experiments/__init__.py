@@ -1,0 +1,1 @@
+"""What surrounds a training run: command line, metrics, progress, trackers, provenance."""

@@ -1,0 +1,1 @@
+"""The RLlib learner: connectors, players, modules and the learner that puts them together."""

@@ -1,0 +1,301 @@
+"""The RLlib learner: segments, optimizers, schedules, checkpoints and metrics around the bilevel update."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import gymnasium as gym
+import torch
+import tree
+from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
+from ray.rllib.connectors.connector_v2 import ConnectorV2
+from ray.rllib.connectors.learner import GeneralAdvantageEstimation
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.learner.learner import Learner
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.core.learner.training_data import TrainingData
+from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
+from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
+from ray.rllib.utils.annotations import override
+
+from blpo_rllib.core import native
+from blpo_rllib.core.gae import Masks, advantage_operator
+from blpo_rllib.core.hypergradient import Correction, LeaderLoss
+from blpo_rllib.core.minibatch import COUNTS, UpdateSettings
+from blpo_rllib.core.native import Kernels
+from blpo_rllib.core.reduction import AllReduce, Reduction
+from blpo_rllib.core.segments import SegmentBatch, SegmentPlan
+from blpo_rllib.core.update import BilevelUpdate
+from blpo_rllib.learning.connectors import SEGMENT_CONTINUES, SEGMENT_STEP, PackSegments, RewardScale
+from blpo_rllib.learning.players import RLModulePlayers, blank_action, blank_observation
+
+logger = logging.getLogger(__name__)
+
+ACTOR_OPTIMIZER = "actor"
+CRITIC_OPTIMIZER = "critic"
+COMPONENT_BILEVEL = "bilevel"
+COMPONENT_LEARNER_CONNECTOR = "learner_connector"
+
+# A compiled update is compiled anew for each shape: slots per segment are rounded up to keep their number small.
+COMPILED_WIDTH_MULTIPLE = 32
+
+
+class BLPOTorchLearner(PPOTorchLearner):
+    """Runs BLPO's update phase on episodes.
+
+    From PPO's learner it keeps the entropy and KL coefficients, the episode handling up to the flat batch, and the
+    checks on modules. Two hooks carry the difference: ``_create_iterator_if_necessary`` hands over the whole batch once
+    instead of cutting it into minibatches of single steps on the host (RLlib offers no narrower place to keep segments
+    whole), and ``_update`` runs all epochs on it, on the device.
+    """
+
+    @override(Learner)
+    def build(self) -> None:
+        # The players are made in `configure_optimizers_for_module`, which `super().build()` calls.
+        self._bilevel_updates: dict[str, BilevelUpdate] = {}
+        self._reward_scale: RewardScale | None = None
+        # In which learners exchange something, so that all of them have to run, with or without episodes.
+        self._meeting_connectors: list[ConnectorV2] = []
+        self._num_epochs = 1
+        self._minibatch_size: int | None = None
+        self._plans: dict[str, SegmentPlan] = {}
+        self._reduction = AllReduce() if self.distributed else Reduction()
+        super().build()
+        if self._learner_connector is None or not self.config.add_default_connectors_to_learner_pipeline:
+            return
+        # PPO computes advantages once, on the host; here they are a function of the critic, inside the update.
+        self._learner_connector.remove(GeneralAdvantageEstimation)
+        width_multiple = COMPILED_WIDTH_MULTIPLE if self.config.torch_compile_learner else 1
+        pack = PackSegments(self._plan_segments, self._blank_item, width_multiple)
+        self._learner_connector.append(pack)
+        self._meeting_connectors = [pack]
+        if self.config.normalize_rewards:
+            self._reward_scale = RewardScale(self.config.gamma, self._reduction)
+            self._learner_connector.prepend(self._reward_scale)
+            self._meeting_connectors.insert(0, self._reward_scale)
+
+    @override(TorchLearner)
+    def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
+        module = self._module[module_id].unwrapped()
+        if not isinstance(module, ValueFunctionAPI) and self._is_never_trained(module_id):
+            return
+        players = RLModulePlayers(module, module_id, kernels=self._kernels)
+        solver = copy.deepcopy(config.get_ihvp_solver())
+        if solver is not None:
+            solver.check_size(sum(p.numel() for p in players.critic_parameters))
+        optimizers = {}
+        for name, parameters, lr in (
+            (ACTOR_OPTIMIZER, players.actor_parameters, config.actor_lr),
+            (CRITIC_OPTIMIZER, players.critic_parameters, config.critic_lr),
+        ):
+            # The update steps it through AdamSteps; fused, so that the state it keeps is that of the kernel used there.
+            optimizers[name] = torch.optim.Adam(parameters, eps=config.adam_epsilon, fused=True)
+            self.register_optimizer(
+                module_id=module_id,
+                optimizer_name=name,
+                optimizer=optimizers[name],
+                params=parameters,
+                lr_or_lr_schedule=lr,
+            )
+        self._bilevel_updates[module_id] = BilevelUpdate(
+            players,
+            optimizers[ACTOR_OPTIMIZER],
+            optimizers[CRITIC_OPTIMIZER],
+            config.get_curvature(),
+            solver,
+            # The same on all learners, so that they draw the same coordinates; different for each module.
+            [config.seed or 0, zlib.crc32(module_id.encode())],
+            self._reduction,
+            self._compile,
+            self._kernels,
+        )
+
+    @property
+    def _kernels(self) -> Kernels | None:
+        """The CPU kernels; a compiler traces torch operations, so that they stay out of a compiled update."""
+        wanted = self.config.native_kernels and not self.config.torch_compile_learner
+        return native.load() if wanted and self._device.type == "cpu" else None
+
+    @property
+    def _compile(self) -> Callable[..., Any] | None:
+        """RLlib's own switch and options for compiling the learner, applied to the minibatch update."""
+        if not self.config.torch_compile_learner:
+            return None
+        backend, mode = (
+            self.config.torch_compile_learner_dynamo_backend,
+            self.config.torch_compile_learner_dynamo_mode,
+        )
+        # Compiled CPU kernels bring a second OpenMP pool, which would fight with torch's own over the cores; they are
+        # small and the matrix products between them stay multi-threaded.
+        options = {"cpp.threads": 1} if backend == "inductor" and mode is None else None
+        return functools.partial(
+            torch.compile, backend=backend, mode=mode, options=options, dynamic=False, fullgraph=True
+        )
+
+    def _is_never_trained(self, module_id: str) -> bool:
+        to_train = self.config.policies_to_train
+        return to_train is not None and not callable(to_train) and module_id not in to_train
+
+    @override(PPOTorchLearner)
+    def remove_module(self, module_id: str, **kwargs: Any) -> Any:
+        self._bilevel_updates.pop(module_id, None)
+        return super().remove_module(module_id, **kwargs)
+
+    def _plan_segments(self, num_steps: dict[str, int]) -> dict[str, SegmentPlan]:
+        """Agrees with the other learners on how to cut the batch: modules and minibatches are the same on all."""
+        module_ids = sorted(self._bilevel_updates)
+        own = [num_steps.get(module_id, 0) for module_id in module_ids]
+        everyone, rank = self._reduction.gather(own), self._reduction.rank
+        self._plans = {
+            module_id: SegmentPlan.of(
+                counts, rank, self._minibatch_size, self.config.get_config_for_module(module_id).get_segment_length()
+            )
+            for module_id, *counts in zip(module_ids, *everyone, strict=True)
+            if any(counts)
+        }
+        return self._plans
+
+    def _blank_item(self, module_id: str) -> dict[str, Any]:
+        """The columns of one item that is no step, [1, ...]."""
+        module = self._module[module_id].unwrapped()
+        obs, action = blank_observation(module, 1), blank_action(module, 1)
+        with torch.no_grad():
+            outputs = module.forward_train({Columns.OBS: obs})[Columns.ACTION_DIST_INPUTS]
+        zero = outputs.new_zeros(1)
+        return {
+            Columns.OBS: obs,
+            Columns.ACTIONS: action,
+            Columns.ACTION_DIST_INPUTS: outputs,
+            Columns.ACTION_LOGP: zero,
+            Columns.REWARDS: zero,
+            Columns.TERMINATEDS: zero,
+            Columns.LOSS_MASK: zero,
+        }
+
+    @override(Learner)
+    def _create_iterator_if_necessary(
+        self,
+        *,
+        training_data: TrainingData,
+        num_epochs: int = 1,
+        minibatch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Iterable[MultiAgentBatch]:
+        if training_data.data_iterators:
+            raise ValueError("BLPO is on-policy and learns from episodes, not from data iterators (offline data)")
+        self._num_epochs, self._minibatch_size = num_epochs, minibatch_size
+        if training_data.episodes == []:
+            batch = self._batch_without_episodes()
+        else:
+            batch = self._make_batch_if_necessary(training_data=training_data)
+        modules = {
+            module_id: module_batch
+            for module_id, module_batch in batch.policy_batches.items()
+            if self.should_module_be_updated(module_id, batch)
+        }
+        for module_batch in modules.values():
+            # What RLlib's counters of trained steps read; left alone it is the number of segments.
+            module_batch.count = num_epochs * int(module_batch[SEGMENT_STEP].sum())
+        return [MultiAgentBatch(modules, num_epochs * batch.env_steps())]
+
+    def _batch_without_episodes(self) -> MultiAgentBatch:
+        """With what a learner that got no episode takes part; RLlib's connectors assume that there is one."""
+        columns: dict[str, Any] = {}
+        for connector in self._meeting_connectors:
+            columns = connector(rl_module=self.module, batch=columns, episodes=[])
+        return MultiAgentBatch({module_id: SampleBatch(x) for module_id, x in columns.items()}, env_steps=0)
+
+    @override(TorchLearner)
+    def _update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
+        losses = {}
+        # In one order on all learners, which meet in each module's update.
+        for module_id, module_batch in sorted(batch.items()):
+            config = self.config.get_config_for_module(module_id)
+            segments = self._segment_batch(module_id, module_batch, config)
+            num_minibatches = self._plans[module_id].num_minibatches
+            metrics = self._bilevel_updates[module_id].run(segments, num_minibatches, self._settings(module_id, config))
+            if any(metrics[name] for name in COUNTS):
+                logger.warning(
+                    "module %r met non-finite numbers in this update, which were left out: %s", module_id, metrics
+                )
+            if not config.use_kl_loss:
+                del metrics["mean_kl_loss"]
+            self.metrics.log_dict(metrics, key=module_id, window=1)
+            losses[module_id] = metrics["policy_loss"] + metrics["vf_loss"]
+        return {}, losses, {}
+
+    def _segment_batch(self, module_id: str, columns: dict[str, Any], config: Any) -> SegmentBatch:
+        if SEGMENT_STEP not in columns:
+            raise ValueError(
+                f"the train batch of module {module_id!r} holds no segments: leave "
+                "add_default_connectors_to_learner_pipeline=True, or end your own learner pipeline in PackSegments"
+            )
+        dtype = next(self._module[module_id].unwrapped().parameters()).dtype
+
+        def cast(x: torch.Tensor) -> torch.Tensor:
+            return x.to(dtype) if x.is_floating_point() else x
+
+        step, continues = columns[SEGMENT_STEP].to(dtype), columns[SEGMENT_CONTINUES].to(dtype)
+        scale = 1.0 if self._reward_scale is None else self._reward_scale.scale(module_id)
+        return SegmentBatch(
+            obs=tree.map_structure(cast, columns[Columns.OBS]),
+            actions=tree.map_structure(cast, columns[Columns.ACTIONS]),
+            old_logp=cast(columns[Columns.ACTION_LOGP]),
+            old_dist_inputs=cast(columns[Columns.ACTION_DIST_INPUTS]),
+            rewards=cast(columns[Columns.REWARDS]) / scale,
+            step=step,
+            advantage=advantage_operator(
+                Masks(step, columns[Columns.TERMINATEDS].to(dtype) * step, continues),
+                config.gamma,
+                config.lambda_,
+                self._kernels if dtype in native.DTYPES else None,
+            ),
+        )
+
+    def _settings(self, module_id: str, config: Any) -> UpdateSettings:
+        return UpdateSettings(
+            num_epochs=self._num_epochs,
+            num_critic_updates=config.num_critic_updates,
+            leader=LeaderLoss(
+                clip=config.clip_param,
+                entropy_coeff=float(self.entropy_coeff_schedulers_per_module[module_id].get_current_value()),
+                kl_coeff=float(self.curr_kl_coeffs_per_module[module_id]) if config.use_kl_loss else None,
+            ),
+            grad_clip=config.grad_clip,
+            correction=Correction(
+                self._cross_clip(module_id, config), config.hypergradient_bound, config.cross_reduction
+            ),
+        )
+
+    def _cross_clip(self, module_id: str, config: Any) -> float | None:
+        """ε_F; the published cross term clips the ratio for continuous actions only."""
+        continuous = isinstance(self._module[module_id].unwrapped().action_space, gym.spaces.Box)
+        return config.cross_clip_param if continuous else None
+
+    @override(Learner)
+    def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
+        state = super().get_state(components, not_components=not_components, **kwargs)
+        if self._check_component(COMPONENT_BILEVEL, components, not_components):
+            state[COMPONENT_BILEVEL] = {
+                module_id: update.get_state() for module_id, update in self._bilevel_updates.items()
+            }
+        if self._learner_connector is not None and self._check_component(
+            COMPONENT_LEARNER_CONNECTOR, components, not_components
+        ):
+            # RLlib does not keep the learner pipeline's state; the reward scale and users' own connectors have some.
+            state[COMPONENT_LEARNER_CONNECTOR] = self._learner_connector.get_state()
+        return state
+
+    @override(Learner)
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        for module_id, update_state in state.get(COMPONENT_BILEVEL, {}).items():
+            if module_id in self._bilevel_updates:
+                self._bilevel_updates[module_id].set_state(update_state)
+        if self._learner_connector is not None and COMPONENT_LEARNER_CONNECTOR in state:
+            self._learner_connector.set_state(state[COMPONENT_LEARNER_CONNECTOR])

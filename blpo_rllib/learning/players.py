@@ -1,0 +1,192 @@
+"""RLModules as the two players of the bilevel game."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tree
+from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorical, TorchDiagGaussian
+from ray.rllib.core.models.torch.encoder import TorchMLPEncoder
+from ray.rllib.core.models.torch.heads import TorchFreeLogStdMLPHead, TorchMLPHead
+from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
+from ray.rllib.utils.spaces.space_utils import get_dummy_batch_for_space
+from torch import Tensor
+
+from blpo_rllib.core.minibatch import Players
+from blpo_rllib.core.mlp import MLP, MLPActorPass
+from blpo_rllib.core.mlp_native import critic_pass, forward_pass
+from blpo_rllib.core.native import Kernels
+from blpo_rllib.core.networks import ActorPass, AutogradActorPass, AutogradCriticPass, Coordinates, CriticPass
+from blpo_rllib.core.policy_heads import AutogradTerms, CategoricalTerms, GaussianTerms, PolicyHead
+from blpo_rllib.learning.rl_module import BLPOTorchRLModule
+
+
+class RLModulePlayers(Players):
+    """An RLModule as the two players of the bilevel game.
+
+    A parameter is the critic's if V depends on it and the actor's if the action distribution does.
+
+    Args:
+        module: A torch RLModule with a value function and nothing shared between it and the policy.
+        module_id: Its name, for error messages.
+        by_hand: Take derivatives by hand where a player is a perceptron; otherwise automatically.
+        kernels: Compiled functions for that, used where they apply (CPU, float32 or float64).
+
+    Raises:
+        ValueError: If the module is recurrent, lacks a value function, or shares parameters between the players.
+    """
+
+    def __init__(self, module: Any, module_id: str, by_hand: bool = True, kernels: Kernels | None = None):
+        check_module_class(type(module), module_id)
+        if module.is_stateful():
+            raise ValueError(
+                f"module {module_id!r} ({type(module).__name__}) is recurrent, which BLPO does not support: its "
+                "segments hold several episodes. Use a feed-forward module (use_lstm=False), e.g. on stacked frames"
+            )
+        self._module, self._kernels = module, kernels
+        self._distribution = module.get_train_action_dist_cls()
+        self._old_distribution = module.get_exploration_action_dist_cls()
+        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        obs = blank_observation(module, 2)
+        critic = _depends_on(module.compute_values({Columns.OBS: obs}), parameters)
+        actor = _depends_on(module.forward_train({Columns.OBS: obs})[Columns.ACTION_DIST_INPUTS], parameters)
+        if shared := sorted(critic.keys() & actor.keys()):
+            raise ValueError(
+                f"module {module_id!r} ({type(module).__name__}) shares {len(shared)} parameters between actor and "
+                f"critic ({', '.join(shared[:3])}, ...), but BLPO's leader and follower must be separate: set "
+                "vf_share_layers=False in the model config"
+            )
+        for player, found in {"critic": critic, "actor": actor}.items():
+            if not found:
+                raise ValueError(f"module {module_id!r} ({type(module).__name__}) has no trainable {player} parameters")
+        self.actor_parameters, self.critic_parameters = list(actor.values()), list(critic.values())
+        self._critic_mlp: MLP | None = None
+        self._actor_mlp: MLP | None = None
+        self._log_std: Tensor | None = None
+        if by_hand:
+            self._find_perceptrons()
+
+    def _find_perceptrons(self) -> None:
+        """Recognises the perceptrons of RLlib's default PPO module, whose derivatives are then taken by hand."""
+        cls, encoder = type(self._module), getattr(self._module, "encoder", None)
+        default_values = getattr(cls, "compute_values", None) is DefaultPPOTorchRLModule.compute_values
+        mlp = perceptron(getattr(encoder, "critic_encoder", None), self._module.vf) if default_values else None
+        if mlp is not None and _same(mlp.parameters, self.critic_parameters):
+            self._critic_mlp, self.critic_parameters = mlp, mlp.parameters
+        default_policy = getattr(cls, "_forward_train", None) in (
+            BLPOTorchRLModule._forward_train,
+            DefaultPPOTorchRLModule._forward_train,
+        )
+        mlp = perceptron(getattr(encoder, "actor_encoder", None), self._module.pi) if default_policy else None
+        if mlp is not None:
+            log_std = getattr(self._module.pi, "log_std", None)
+            found = mlp.parameters + ([] if log_std is None else [log_std])
+            if _same(found, self.actor_parameters):
+                self._actor_mlp, self._log_std, self.actor_parameters = mlp, log_std, found
+
+    def columns(self, indices: np.ndarray) -> Coordinates:
+        return super().columns(indices) if self._critic_mlp is None else self._critic_mlp.columns(indices)
+
+    def critic(self, obs: Any) -> CriticPass:
+        if self._critic_mlp is not None:
+            return critic_pass(self._critic_mlp, obs, self._kernels)
+        return AutogradCriticPass(self._module.compute_values({Columns.OBS: obs}), self.critic_parameters)
+
+    def actor(self, obs: Any, actions: Any, old_dist_inputs: Tensor | None) -> ActorPass:
+        if self._actor_mlp is None:
+            inputs = self._module.forward_train({Columns.OBS: obs})[Columns.ACTION_DIST_INPUTS]
+            terms = self._terms(inputs, actions, old_dist_inputs)
+            return AutogradActorPass(*terms, self.actor_parameters)
+        head = self._policy_head(actions, old_dist_inputs)
+        return MLPActorPass(forward_pass(self._actor_mlp, obs, self._kernels), self._log_std, head)
+
+    def _policy_head(self, actions: Any, old_dist_inputs: Tensor | None) -> PolicyHead:
+        """In closed form for the usual distributions, unless the KL divergence is asked for too."""
+        head = self._module.pi
+        if old_dist_inputs is None and self._distribution is TorchCategorical:
+            return lambda logits, _: CategoricalTerms.at(actions, logits)
+        if old_dist_inputs is None and self._distribution is TorchDiagGaussian and self._log_std is not None:
+            return lambda mean, log_std: GaussianTerms.at(actions, _log_std_clip(head), mean, log_std)
+
+        def terms(outputs: Tensor, log_std: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+            return self._terms(_distribution_inputs(head, outputs, log_std), actions, old_dist_inputs)
+
+        return lambda outputs, log_std: AutogradTerms(terms, outputs, log_std)
+
+    def _terms(
+        self, dist_inputs: Tensor, actions: Any, old_dist_inputs: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probability, entropy and KL divergence [n], as functions of the distribution's inputs."""
+        distribution = self._distribution.from_logits(dist_inputs)
+        kl = None
+        if old_dist_inputs is not None:
+            kl = self._old_distribution.from_logits(old_dist_inputs).kl(distribution)
+        return distribution.logp(actions), distribution.entropy(), kl
+
+
+def check_module_class(module_class: type, module_id: str) -> None:
+    """Raises ValueError unless RLModules of this class have a value function."""
+    if not issubclass(module_class, ValueFunctionAPI):
+        raise ValueError(
+            f"module {module_id!r} ({module_class.__name__}) has no value function, which BLPO differentiates: derive "
+            "it from ray.rllib.core.rl_module.apis.ValueFunctionAPI and implement compute_values(), or take the module "
+            "out of policies_to_train"
+        )
+
+
+def blank_observation(module: Any, count: int) -> Any:
+    """``count`` observations of the module's space, all zero, on the module's device."""
+    return _blank(module.observation_space, module, count)
+
+
+def blank_action(module: Any, count: int) -> Any:
+    """``count`` actions of the module's space, all zero, on the module's device."""
+    return _blank(module.action_space, module, count)
+
+
+def _blank(space: gym.Space, module: Any, count: int) -> Any:
+    parameter = next(module.parameters())
+
+    def tensor(zeros: np.ndarray) -> Tensor:
+        x = torch.as_tensor(zeros, device=parameter.device)
+        return x.to(parameter.dtype) if x.is_floating_point() else x
+
+    return tree.map_structure(tensor, get_dummy_batch_for_space(space, count, fill_value=0))
+
+
+def _depends_on(output: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that ``output`` depends on."""
+    gradients = torch.autograd.grad(output.sum(), list(parameters.values()), allow_unused=True)
+    return {name: p for (name, p), g in zip(parameters.items(), gradients, strict=True) if g is not None}
+
+
+def perceptron(encoder: Any, head: Any) -> MLP | None:
+    """RLlib's MLP encoder and head as one perceptron, or None if they are something else."""
+    if type(encoder) is not TorchMLPEncoder or type(head) not in (TorchMLPHead, TorchFreeLogStdMLPHead):
+        return None
+    return MLP.of([encoder.net, head.net])
+
+
+def _same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return {id(p) for p in found} == {id(p) for p in expected}
+
+
+def _distribution_inputs(head: Any, outputs: Tensor, log_std: Tensor | None) -> Tensor:
+    """What RLlib's policy heads make of their perceptron's outputs [n, d]: the distribution's inputs."""
+    if log_std is None and not head.clip_log_std:
+        return outputs
+    mean, log_std = outputs.chunk(2, -1) if log_std is None else (outputs, log_std)
+    clip = _log_std_clip(head)
+    return torch.cat([mean, log_std.clamp(-clip, clip)], -1)
+
+
+def _log_std_clip(head: Any) -> Tensor:
+    """RLlib's heads clip the log-std to ± this."""
+    constant = head.log_std_clip_param_const
+    return constant if head.clip_log_std else torch.full_like(constant, float("inf"))

@@ -1,0 +1,1 @@
+"""How episodes are sampled: EnvRunner, acting, and vector environments."""

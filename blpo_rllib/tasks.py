@@ -1,0 +1,120 @@
+"""The tuned settings by task: what ``python -m blpo_rllib.train TASK`` and ``tuned_examples/TASK_blpo.py`` train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ray.rllib.connectors.env_to_module import MeanStdFilter
+
+from blpo_rllib.blpo import BLPOConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """An environment with the settings that BLPO was tuned to.
+
+    Attributes:
+        config: Makes a new config with these settings.
+        stop_reward: Mean episode return at which the task counts as learned.
+        stop_timesteps: Environment steps of a whole run.
+        has_small_batches: Whether the settings take batches of 2,048 steps, so that the published ones are an option.
+    """
+
+    config: Callable[[], BLPOConfig]
+    stop_reward: float
+    stop_timesteps: int
+    has_small_batches: bool = False
+
+
+def small_batches(config: BLPOConfig) -> BLPOConfig:
+    """16 environments × 128 steps, 10 epochs of 4 minibatches of 4 segments, for runs of a million steps.
+
+    Of a million steps the published batches make 49 iterations, these 488. As exploration noise shrinks, updates move
+    the policy further (``approx_kl``): a longer run needs a schedule for ``actor_lr``, or the published batches.
+    """
+    return config.env_runners(num_envs_per_env_runner=16).training(
+        train_batch_size_per_learner=2048, minibatch_size=512, num_epochs=10
+    )
+
+
+def published_batches(config: BLPOConfig) -> BLPOConfig:
+    """32 environments × 640 steps, 4 epochs of 32 minibatches of one segment: the reference's, and BLPOConfig's own."""
+    return config.env_runners(num_envs_per_env_runner=32).training(
+        train_batch_size_per_learner=20480, minibatch_size=640, num_epochs=4
+    )
+
+
+def _classic_control(env: str) -> BLPOConfig:
+    """The reference's settings for discrete control: 4 environments, segments of 128 steps, 5 nested critic steps."""
+    return (
+        BLPOConfig()
+        .environment(env)
+        .env_runners(num_env_runners=0, num_envs_per_env_runner=4)
+        .training(
+            train_batch_size_per_learner=512,
+            minibatch_size=128,
+            num_epochs=4,
+            actor_lr=2.5e-4,
+            critic_lr=1e-3,
+            num_critic_updates=5,
+            hypergradient_bound=1.0,
+        )
+    )
+
+
+def _mujoco(env: str, num_critic_updates: int = 3, bound: float = 1.0, cross_clip: float = 1.0) -> BLPOConfig:
+    """The reference's settings for continuous control, on normalised observations and scaled rewards.
+
+    RLlib's MeanStdFilter normalises observations on the EnvRunners, the learner scales rewards; both statistics are
+    part of checkpoints. The arguments are N, b and ε_F, which the reference chose by task.
+    """
+    return (
+        BLPOConfig()
+        .environment(env)
+        .env_runners(num_env_runners=0, env_to_module_connector=lambda env, spaces, device: MeanStdFilter())
+        .training(
+            num_critic_updates=num_critic_updates,
+            hypergradient_bound=bound,
+            cross_clip_param=cross_clip,
+            normalize_rewards=True,
+        )
+    )
+
+
+TASKS: dict[str, Task] = {
+    "acrobot": Task(lambda: _classic_control("Acrobot-v1"), stop_reward=-100.0, stop_timesteps=400_000),
+    "cartpole": Task(lambda: _classic_control("CartPole-v1"), stop_reward=475.0, stop_timesteps=500_000),
+    "halfcheetah": Task(
+        lambda: small_batches(_mujoco("HalfCheetah-v5", num_critic_updates=7, bound=1.4, cross_clip=0.7)),
+        stop_reward=5000.0,
+        stop_timesteps=1_000_000,
+        has_small_batches=True,
+    ),
+    "hopper": Task(
+        lambda: small_batches(_mujoco("Hopper-v5", num_critic_updates=3, bound=1.4, cross_clip=1.0)),
+        stop_reward=3000.0,
+        stop_timesteps=1_000_000,
+        has_small_batches=True,
+    ),
+    "humanoid": Task(
+        lambda: _mujoco("Humanoid-v5", num_critic_updates=5, bound=1.0, cross_clip=0.8),
+        stop_reward=5000.0,
+        stop_timesteps=20_000_000,
+    ),
+    # The reference has no settings of its own for the next three.
+    "inverted_double_pendulum": Task(
+        lambda: small_batches(_mujoco("InvertedDoublePendulum-v5")),
+        stop_reward=9000.0,
+        stop_timesteps=1_000_000,
+        has_small_batches=True,
+    ),
+    "pusher": Task(lambda: _mujoco("Pusher-v5"), stop_reward=-45.0, stop_timesteps=1_000_000),
+    "reacher": Task(lambda: _mujoco("Reacher-v5"), stop_reward=-6.0, stop_timesteps=1_000_000),
+    "walker2d": Task(
+        lambda: small_batches(_mujoco("Walker2d-v5", num_critic_updates=3, bound=0.8, cross_clip=0.84)),
+        stop_reward=4000.0,
+        stop_timesteps=1_000_000,
+        has_small_batches=True,
+    ),
+}

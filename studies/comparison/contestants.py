@@ -1,0 +1,291 @@
+"""Who competes in compare.py, on what: the tasks, and for each the configurations of BLPO, its variants and PPO.
+
+Settings. BLPO's are those of ``blpo_rllib/tasks.py``: the published ones where there are any, else the defaults; on
+MuJoCo tasks with both sizes of batch (``small_batches``, ``published_batches`` there). Nobody is tuned here: each
+contestant has one setting per task (:data:`TUNING_BUDGET`), so that everyone gets the same effort. Effort before this
+comparison differs: the paper's authors chose the nested steps N, the bound b and the cross clip ε_F of six tasks from
+N in {2, 3, 5, 7, 10}, b in {0.8, 1, 1.2, 1.4, 2}, ε_F in {0.8, 1, 1.2}; what RLlib tried for its own settings is not
+known. The small batches are PPO's usual ones for MuJoCo, RLlib's own among them; no others were tried.
+
+============= ========================================================================================
+blpo          the tuned example, on MuJoCo tasks with the published batches
+blpo_cg       the same with 20 conjugate-gradient steps on the undamped Hessian instead of Nyström's rows
+nested_ppo    the same without the hypergradient: nested critic steps alone
+ppo           RLlib's PPO learner with the example's networks, batch, epochs, minibatch size, discounts, clip and
+              actor's learning rate (one optimizer, hence also the critic's), without KL penalty and value clipping
+blpo_small    the same with batches of 2,048 steps and 10 epochs, on MuJoCo tasks
+nested_small  nested_ppo with these batches
+ppo_small     ppo with these batches
+blpo_annealed blpo_small with an actor's learning rate that falls to 0 over the run's steps
+ppo_annealed  ppo_small with the same rate, its critic's too
+ppo_tuned     RLlib's PPO as RLlib publishes it for the task by name (rllib/examples/algorithms/ppo: CartPole, Hopper,
+              Walker2d, HalfCheetah, Humanoid): its own networks, batches and rates, rewards as they are
+============= ========================================================================================
+
+All of them sample with the same EnvRunner (:class:`~blpo_rllib.sampling.env_runner.BatchedEnvRunner`) from the same
+simulator, so that differences in time are differences in learning. ``ppo`` normalises observations and rewards by
+BLPO's own connectors. What remains different between ``blpo`` and ``ppo`` is the algorithm: PPO computes advantages
+once per iteration, standardises them over the batch, and shuffles single steps into minibatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
+from ray.rllib.connectors.connector_v2 import ConnectorV2
+from ray.rllib.connectors.env_to_module import MeanStdFilter
+from ray.rllib.connectors.learner import GeneralAdvantageEstimation
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.utils.annotations import override
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN, EVALUATION_RESULTS
+from torch.nn.init import orthogonal_
+
+from blpo_rllib import BLPOConfig
+from blpo_rllib.core.reduction import Reduction
+from blpo_rllib.learning.connectors import RewardScale
+from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
+from blpo_rllib.sampling.env_runner import BatchedEnvRunner
+from blpo_rllib.sampling.envpool import PREFIX
+from blpo_rllib.tasks import TASKS as TUNED_TASKS
+from blpo_rllib.tasks import published_batches, small_batches
+
+# A contestant's configuration, from the tuned example of the task.
+Contestant = Callable[[BLPOConfig], AlgorithmConfig]
+
+MUJOCO_STEPS = 1_000_000
+# Environment steps by tuned example, the cheapest first: that is the order in which they run.
+TASKS = {
+    "cartpole": 500_000,
+    "acrobot": 500_000,
+    "inverted_double_pendulum": MUJOCO_STEPS,
+    "reacher": MUJOCO_STEPS,
+    "hopper": MUJOCO_STEPS,
+    "walker2d": MUJOCO_STEPS,
+    "halfcheetah": MUJOCO_STEPS,
+    "pusher": MUJOCO_STEPS,
+    "humanoid": MUJOCO_STEPS,
+}
+CLASSIC = ("cartpole", "acrobot")
+SIMULATORS = ("envpool", "gymnasium")
+
+# How many settings each algorithm tries on each task in this comparison.
+TUNING_BUDGET = 1
+
+# An evaluation is one episode of each of so many environments, which start alike in all evaluations of all runs.
+EVALUATION_EPISODES = 10
+EVALUATION_SEED = 20_000
+# Evaluations per run, beside that of the untrained policy; fewer where an evaluation would be due within a batch.
+EVALUATIONS = 12
+
+
+def example(task: str, simulator: str) -> BLPOConfig:
+    """The tuned example of a task, on one simulator thread."""
+    config = TUNED_TASKS[task].config()
+    if task not in CLASSIC and simulator == "envpool":
+        config.environment(f"{PREFIX}{config.env}", env_config={"num_threads": 1})
+    return config
+
+
+def published(task: str, simulator: str) -> BLPOConfig:
+    """The same with the published batches."""
+    config = example(task, simulator)
+    return config if task in CLASSIC else published_batches(config)
+
+
+def annealed(config: BLPOConfig) -> BLPOConfig:
+    """With an actor's learning rate that falls linearly to 0 over the steps of a MuJoCo task."""
+    return config.training(actor_lr=[[0, config.actor_lr], [MUJOCO_STEPS, 0.0]])
+
+
+def ppo(config: BLPOConfig) -> PPOConfig:
+    """RLlib's PPO with what a BLPO config shares with it."""
+    return (
+        _ppo_on_the_same_steps(config)
+        .env_runners(
+            num_envs_per_env_runner=config.num_envs_per_env_runner,
+            env_to_module_connector=config._env_to_module_connector,
+        )
+        .rl_module(rl_module_spec=RLModuleSpec(BLPOTorchRLModule, model_config=REFERENCE_MODEL_CONFIG))
+        .learners(learner_class=PPOWithScaledRewards if config.normalize_rewards else PPOTorchLearner)
+        .training(
+            lr=config.actor_lr,
+            gamma=config.gamma,
+            lambda_=config.lambda_,
+            clip_param=config.clip_param,
+            num_epochs=config.num_epochs,
+            train_batch_size_per_learner=config.train_batch_size_per_learner,
+            minibatch_size=config.minibatch_size,
+            use_kl_loss=False,
+            vf_clip_param=float("inf"),
+        )
+    )
+
+
+def ppo_tuned_classic(config: BLPOConfig) -> PPOConfig:
+    """RLlib's cartpole_ppo.py (rllib/examples/algorithms/ppo); its 4 x 16 environments in one EnvRunner."""
+    return (
+        _ppo_on_the_same_steps(config)
+        .env_runners(num_envs_per_env_runner=64)
+        .training(lr=3e-4, num_epochs=6, vf_loss_coeff=0.01)
+        .rl_module(model_config=DefaultModelConfig(fcnet_hiddens=[32], fcnet_activation="linear", vf_share_layers=True))
+    )
+
+
+def ppo_tuned_mujoco(config: BLPOConfig) -> PPOConfig:
+    """RLlib's mujoco_ppo.py (rllib/examples/algorithms/ppo); its 4 x 16 environments in one EnvRunner."""
+    return (
+        _ppo_on_the_same_steps(config)
+        .env_runners(num_envs_per_env_runner=64, env_to_module_connector=lambda env, spaces, device: MeanStdFilter())
+        .training(
+            train_batch_size_per_learner=2048,
+            minibatch_size=512,
+            num_epochs=10,
+            lr=3e-4,
+            vf_loss_coeff=1.0,
+            entropy_coeff=[[0, 0.01], [2_000_000, 0.0]],
+            gamma=0.99,
+            lambda_=0.95,
+            kl_coeff=0.5,
+            clip_param=0.2,
+            vf_clip_param=10.0,
+            grad_clip=50.0,
+            grad_clip_by="global_norm",
+        )
+        .rl_module(
+            model_config=DefaultModelConfig(
+                vf_share_layers=False,
+                fcnet_hiddens=[256, 256],
+                fcnet_kernel_initializer=orthogonal_,
+                fcnet_activation="tanh",
+                head_fcnet_hiddens=[256],
+                head_fcnet_activation=None,
+                free_log_std=True,
+            )
+        )
+    )
+
+
+def _ppo_on_the_same_steps(config: BLPOConfig) -> PPOConfig:
+    return (
+        PPOConfig()
+        .environment(config.env, env_config=config.env_config)
+        .env_runners(num_env_runners=0, env_runner_cls=BatchedEnvRunner)
+    )
+
+
+ALGORITHMS: dict[str, Contestant] = {
+    "blpo": lambda config: config,
+    "blpo_cg": lambda config: config.training(hypergradient="cg"),
+    "nested_ppo": lambda config: config.training(hypergradient="none"),
+    "ppo": ppo,
+}
+PUBLISHED: dict[str, Contestant] = {
+    name: lambda config, make=make: make(published_batches(config)) for name, make in ALGORITHMS.items()
+}
+SMALL: dict[str, Contestant] = {
+    f"{name}_small": lambda config, make=ALGORITHMS[algorithm]: make(small_batches(config))
+    for name, algorithm in (("blpo", "blpo"), ("nested", "nested_ppo"), ("ppo", "ppo"))
+}
+ANNEALED: dict[str, Contestant] = {
+    f"{name}_annealed": lambda config, make=ALGORITHMS[name]: make(annealed(small_batches(config)))
+    for name in ("blpo", "ppo")
+}
+NAMES = [*ALGORITHMS, *SMALL, *ANNEALED, "ppo_tuned"]
+# Published for these by name.
+TUNED: dict[str, Contestant] = {"cartpole": ppo_tuned_classic} | dict.fromkeys(
+    ("hopper", "walker2d", "halfcheetah", "humanoid"), ppo_tuned_mujoco
+)
+
+
+def contestants_of(task: str) -> dict[str, Contestant]:
+    """Those that there are settings for, by name."""
+    return (ALGORITHMS if task in CLASSIC else PUBLISHED | SMALL | ANNEALED) | (
+        {"ppo_tuned": TUNED[task]} if task in TUNED else {}
+    )
+
+
+def contestant(task: str, algorithm: str, seed: int, steps: int, simulator: str) -> AlgorithmConfig:
+    """The configuration of a run, with its evaluation.
+
+    Args:
+        task: One of TASKS.
+        algorithm: One of :func:`contestants_of` the task.
+        seed: Seed of everything but the evaluations.
+        steps: Environment steps of the run, which its evaluations divide.
+        simulator: One of SIMULATORS, for the tasks that EnvPool is quicker at.
+    """
+    config = contestants_of(task)[algorithm](example(task, simulator))
+    batch = config.train_batch_size_per_learner
+    return (
+        config.reporting(min_sample_timesteps_per_iteration=batch * max(1, round(steps / EVALUATIONS / batch)))
+        # At no interval: compare.py evaluates between iterations, so that its time is not the training's.
+        .evaluation(
+            evaluation_interval=10**9,
+            evaluation_num_env_runners=0,
+            evaluation_config={"explore": False, "num_envs_per_env_runner": EVALUATION_EPISODES},
+            custom_evaluation_function=evaluate,
+        )
+        .debugging(seed=seed, log_level="ERROR")
+    )
+
+
+def evaluate(algorithm: Algorithm, group: Any) -> tuple[dict[str, Any], int, int]:
+    """Mean return over one episode of each evaluation environment, for RLlib's ``custom_evaluation_function``."""
+    runner = group.local_env_runner
+    _take_statistics(runner, algorithm.env_runner)
+    episodes = runner.sample_one_each(EVALUATION_SEED)
+    value = float(np.mean([episode.get_return() for episode in episodes]))
+    runner.metrics.log_value(EPISODE_RETURN_MEAN, value, window=1)
+    algorithm.metrics.aggregate([runner.metrics.reduce()], key=(EVALUATION_RESULTS, ENV_RUNNER_RESULTS))
+    steps = sum(map(len, episodes))
+    return {EPISODE_RETURN_MEAN: value}, steps, steps
+
+
+def _take_statistics(runner: BatchedEnvRunner, training: BatchedEnvRunner) -> None:
+    """Normalises an evaluation's observations as the training does, and leaves it at that.
+
+    RLlib brings statistics to remote evaluation EnvRunners only (ray/rllib/env/env_runner_group.py,
+    sync_env_runner_states). Before training there are none, and the evaluation goes by its own.
+    """
+    runner._env_to_module.set_state(training._env_to_module.get_state())
+    for connector in runner._env_to_module.connectors:
+        if isinstance(connector, MeanStdFilter):
+            connector._update_stats = all(x.running_stats.num_pushes == 0 for x in connector._filters.values())
+
+
+class DivideRewards(ConnectorV2):
+    """Divides rewards by the scale that another connector measures.
+
+    Args:
+        scale: That connector.
+    """
+
+    def __init__(self, scale: RewardScale):
+        super().__init__()
+        self._scale = scale
+
+    @override(ConnectorV2)
+    def __call__(self, *, batch: dict[str, Any], **kwargs: Any) -> Any:
+        for module_id, columns in batch.items():
+            columns[Columns.REWARDS] = torch.as_tensor(columns[Columns.REWARDS]) / self._scale.scale(module_id)
+        return batch
+
+
+class PPOWithScaledRewards(PPOTorchLearner):
+    """RLlib's PPO learner with BLPO's reward normalisation: the same connector at the same place."""
+
+    @override(PPOTorchLearner)
+    def build(self) -> None:
+        super().build()
+        scale = RewardScale(self.config.gamma, Reduction())
+        self._learner_connector.prepend(scale)
+        self._learner_connector.insert_before(GeneralAdvantageEstimation, DivideRewards(scale))

@@ -1,0 +1,474 @@
+"""Turns the runs of compare.py into a report: interquartile means, bootstrap intervals, figures and tables.
+
+    python -m studies.comparison.report --readme README.md       # the runs kept in this repository
+    python -m studies.comparison.report --results results/compare    # others, at any moment of the comparison
+
+Reads every ``*.parquet`` in the folder, and writes ``report.md`` and figures beside them. What is missing is said and
+left out. Intervals are 95 % stratified bootstrap intervals over runs (rliable, Agarwal et al. 2021,
+arXiv:2108.13264) from a fixed seed: the same runs give the same tables, bit for bit.
+
+Numbers of a run, from its evaluations (deterministic policy, separate episodes):
+
+final return  mean of the evaluations in the last fifth of its steps
+mean return   area under the evaluations' curve, divided by the steps
+score         (return - start) / (best - start): 0 is the mean evaluation of the task's untrained policies, 1 the best
+              final return of any run on the task
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from pandas.util import _decorators
+from scipy.stats import trim_mean
+
+from blpo_rllib.sweep.records import FINAL_SHARE, write_whole
+from studies.comparison.contestants import EVALUATION_EPISODES, NAMES, TASKS, TUNING_BUDGET, contestants_of
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def _import_rliable() -> Any:
+    """rliable's library. It needs arch < 8, which uses a decorator of pandas in the form it had before pandas 3."""
+    patched = functools.partial(_decorators.deprecate_kwarg, FutureWarning)
+    new_form = next(iter(inspect.signature(_decorators.deprecate_kwarg).parameters)) == "klass"
+    try:
+        with mock.patch.object(_decorators, "deprecate_kwarg", patched) if new_form else nullcontext():
+            return importlib.import_module("rliable.library")
+    except ImportError as error:
+        raise ImportError('the report needs rliable: pip install "blpo_rllib[compare]"') from error
+
+
+rly = _import_rliable()
+
+SUBJECT, BASELINE = "blpo", "ppo"
+RESULTS = Path(__file__).parent / "results"
+BOOTSTRAP_SEED = 0
+REPETITIONS = 2000
+GRID = 41
+BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
+HUES = (
+    "tab:blue",
+    "tab:purple",
+    "tab:green",
+    "tab:orange",
+    "navy",
+    "darkgreen",
+    "tab:red",
+    "tab:cyan",
+    "tab:pink",
+    "0.5",
+)
+COLORS = dict(zip(NAMES, HUES, strict=True))
+
+STANDINGS = {"above": "apart, the first above", "below": "apart, the first below", "overlap": "over each other"}
+# Whose intervals are compared in words: BLPO against PPO with the same batches, and its two batches.
+PAIRS = ((SUBJECT, BASELINE), ("blpo_small", "ppo_small"), ("blpo_small", SUBJECT), ("blpo_annealed", "ppo_annealed"))
+
+# Point, and the ends of its interval.
+Estimate = tuple[float, float, float]
+
+
+class Runs:
+    """The evaluations of all runs, as numbers per run.
+
+    Args:
+        table: A row per evaluation, as compare.py gathers them.
+    """
+
+    def __init__(self, table: pd.DataFrame):
+        self.table = table.sort_values(["task", "algorithm", "seed", "env_steps"], ignore_index=True)
+        groups = self.table.groupby(["task", "algorithm", "seed"], sort=True)
+        self._curves = dict(iter(groups))
+        self.tasks = [task for task in TASKS if task in set(self.table["task"])]
+        self.algorithms = [name for name in COLORS if name in set(self.table["algorithm"])]
+        # Of runs of the same length the last batches may end differently.
+        self._steps = {task: min(c["env_steps"].max() for c in self._of(task)) for task in self.tasks}
+        self.start = {
+            task: float(np.mean([c["evaluation_return"].iloc[0] for c in self._of(task)])) for task in self.tasks
+        }
+        self.best = {task: max(final_return(c) for c in self._of(task)) for task in self.tasks}
+
+    def _of(self, task: str) -> list[pd.DataFrame]:
+        return [curve for key, curve in self._curves.items() if key[0] == task]
+
+    def seeds(self, task: str, algorithm: str) -> list[int]:
+        """The seeds that have run."""
+        return [seed for t, a, seed in self._curves if (t, a) == (task, algorithm)]
+
+    def numbers(self, task: str, algorithm: str, number: Callable[[pd.DataFrame], float]) -> np.ndarray:
+        """A number of each run, by seed."""
+        return np.array([number(self._curves[task, algorithm, seed]) for seed in self.seeds(task, algorithm)])
+
+    def curves(self, task: str, algorithm: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
+        """The evaluations along a common axis [GRID], and at its points [runs, GRID]."""
+        curves = [self._curves[task, algorithm, seed] for seed in self.seeds(task, algorithm)]
+        end = self._steps[task] if axis == "env_steps" else min(curve[axis].max() for curve in curves)
+        grid = np.linspace(0, end, GRID)
+        return grid, np.array([np.interp(grid, curve[axis], curve["evaluation_return"]) for curve in curves])
+
+    def score(self, task: str, value: np.ndarray) -> np.ndarray:
+        """The value between that of untrained policies and the best."""
+        return (value - self.start[task]) / max(self.best[task] - self.start[task], 1e-9)
+
+    def missing(self) -> list[str]:
+        """What a full comparison would have beside these runs."""
+        most = max(len(self.seeds(t, a)) for t in self.tasks for a in self.algorithms)
+        lines = []
+        for task in TASKS:
+            for algorithm in contestants_of(task):
+                count = len(self.seeds(task, algorithm))
+                if count < most:
+                    lines.append(f"{task}: {algorithm} has {count} of {most} seeds")
+        return lines
+
+
+def final_return(curve: pd.DataFrame) -> float:
+    """Mean of the evaluations in the last fifth of a run's steps."""
+    last = curve["env_steps"] > (1 - FINAL_SHARE) * curve["env_steps"].max()
+    return float(curve.loc[last, "evaluation_return"].mean())
+
+
+def area(curve: pd.DataFrame) -> float:
+    """Area under a run's evaluations, divided by its steps: the mean return on the way."""
+    steps = curve["env_steps"].to_numpy(float)
+    return float(np.trapezoid(curve["evaluation_return"], steps) / (steps[-1] - steps[0]))
+
+
+def seconds_per_100k(curve: pd.DataFrame) -> float:
+    """Seconds of training for 100,000 steps."""
+    return float(curve["seconds"].max() / curve["env_steps"].max() * 1e5)
+
+
+def cpu_seconds_per_100k(curve: pd.DataFrame) -> float:
+    """The same in seconds of processor time, which pauses of the machine do not lengthen."""
+    return float(curve["cpu_seconds"].max() / curve["env_steps"].max() * 1e5)
+
+
+def steps_to_reach(curve: pd.DataFrame, target: float) -> float:
+    """Steps at which the evaluations, joined by straight lines, first reach the target; infinity if they do not."""
+    steps, values = curve["env_steps"].to_numpy(float), curve["evaluation_return"].to_numpy(float)
+    reached = np.flatnonzero(values >= target)
+    if not len(reached):
+        return math.inf
+    i = reached[0]
+    if i == 0:
+        return float(steps[0])
+    return float(steps[i - 1] + (steps[i] - steps[i - 1]) * (target - values[i - 1]) / (values[i] - values[i - 1]))
+
+
+def iqm(scores: np.ndarray) -> float:
+    """Interquartile mean over all runs and tasks."""
+    return float(trim_mean(scores, 0.25, axis=None))
+
+
+def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """P(a run of ours is better than one of theirs), ties counted half, mean over tasks; both [runs, tasks].
+
+    rliable's metric of this name, in one array operation: bootstraps call it thousands of times.
+    """
+    difference = ours[:, None] - theirs[None]
+    return float(np.mean((difference > 0) + 0.5 * (difference == 0)))
+
+
+def bootstrap(scores: Any, function: Callable[..., Any]) -> Any:
+    """rliable's point and interval estimates of one array [runs, tasks, ...], or of a list of them.
+
+    Its generator is numpy's global one, seeded anew for each estimate so that none depends on which others are made.
+    """
+    np.random.seed(BOOTSTRAP_SEED)
+    points, intervals = rly.get_interval_estimates({"": scores}, function, reps=REPETITIONS)
+    return points[""], intervals[""]
+
+
+def estimate(scores: Any, function: Callable[..., float]) -> Estimate:
+    """A number with its interval, whose ends are NaN where there are single runs."""
+    arrays = scores if isinstance(scores, list) else [scores]
+    if min(map(len, arrays)) < 2:
+        return function(*arrays), math.nan, math.nan
+    point, interval = bootstrap(scores, lambda *arrays: np.array([function(*arrays)]))
+    return float(point[0]), float(interval[0, 0]), float(interval[1, 0])
+
+
+def matrix(runs: Runs, tasks: Sequence[str], algorithm: str, number: Callable[[pd.DataFrame], float]) -> np.ndarray:
+    """Scores [runs, tasks] of the first seeds of each task, as many as all of the tasks have."""
+    columns = [runs.score(task, runs.numbers(task, algorithm, number)) for task in tasks]
+    return np.stack([column[: min(map(len, columns))] for column in columns], axis=1)
+
+
+def shared_tasks(runs: Runs, algorithms: Sequence[str]) -> list[str]:
+    """The tasks that all of these algorithms have runs on."""
+    return [task for task in runs.tasks if all(runs.seeds(task, algorithm) for algorithm in algorithms)]
+
+
+def improvement(runs: Runs, tasks: Sequence[str], algorithm: str) -> Estimate | None:
+    """Probability that the algorithm's final return is above PPO's; None without runs of both."""
+    tasks = [task for task in tasks if runs.seeds(task, algorithm) and runs.seeds(task, BASELINE)]
+    if algorithm == BASELINE or not tasks:
+        return None
+    scores = [matrix(runs, tasks, name, final_return) for name in (algorithm, BASELINE)]
+    return estimate(scores, probability_of_improvement)
+
+
+def overall_table(runs: Runs) -> pd.DataFrame:
+    """Interquartile means of scores over the tasks that BLPO and PPO have runs on, or those of them that an algorithm
+    has; with BLPO's on the same tasks."""
+    shared = shared_tasks(runs, (SUBJECT, BASELINE))
+    rows = []
+    for algorithm in runs.algorithms:
+        tasks = [task for task in shared if runs.seeds(task, algorithm)]
+        rows.append(
+            {
+                "algorithm": algorithm,
+                "tasks": len(tasks),
+                "seeds": min((len(runs.seeds(task, algorithm)) for task in tasks), default="–"),
+                "final score": score_text(runs, tasks, algorithm, final_return),
+                "mean score": score_text(runs, tasks, algorithm, area),
+                f"{SUBJECT}'s there": score_text(runs, tasks, SUBJECT, area),
+                "P(better than PPO)": interval_text(improvement(runs, tasks, algorithm), 2),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def score_text(runs: Runs, tasks: Sequence[str], algorithm: str, number: Callable[[pd.DataFrame], float]) -> str:
+    """Interquartile mean and interval of an algorithm's scores over tasks."""
+    return interval_text(estimate(matrix(runs, tasks, algorithm, number), iqm), 3) if tasks else "–"
+
+
+def task_table(runs: Runs) -> pd.DataFrame:
+    """A row per task and algorithm: interquartile means of returns, and what they cost."""
+    rows = []
+    for task in runs.tasks:
+        target = iqm(runs.numbers(task, BASELINE, final_return)) if runs.seeds(task, BASELINE) else None
+        for algorithm in runs.algorithms:
+            if not runs.seeds(task, algorithm):
+                continue
+            rows.append(
+                {
+                    "task": task,
+                    "algorithm": algorithm,
+                    "seeds": len(runs.seeds(task, algorithm)),
+                    "final return": returns_text(runs, task, algorithm, final_return),
+                    "mean return": returns_text(runs, task, algorithm, area),
+                    "P(better than PPO)": interval_text(improvement(runs, [task], algorithm), 2),
+                    "steps to PPO's final return": reaching_text(runs, task, algorithm, target),
+                    "s per 100k steps": f"{np.median(runs.numbers(task, algorithm, seconds_per_100k)):.1f}",
+                    "of CPU": f"{np.median(runs.numbers(task, algorithm, cpu_seconds_per_100k)):.1f}",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def standing(runs: Runs, tasks: Sequence[str], algorithm: str, other: str) -> str:
+    """Whether the interval of an algorithm's mean score lies "above" or "below" another's, or they "overlap"."""
+    (_, low, high), (_, other_low, other_high) = (
+        estimate(matrix(runs, tasks, name, area), iqm) for name in (algorithm, other)
+    )
+    # Single runs have NaN for an interval, which is neither.
+    return "above" if low > other_high else "below" if high < other_low else "overlap"
+
+
+def standing_text(runs: Runs, algorithm: str, other: str) -> str:
+    """How an algorithm's intervals lie to another's, over all tasks that both have runs on and on each of them."""
+    tasks = shared_tasks(runs, (algorithm, other))
+    if not tasks:
+        return ""
+    by_task = {task: standing(runs, [task], algorithm, other) for task in tasks}
+    found = [
+        f"{word} on {', '.join(task for task in tasks if by_task[task] == word) or 'none'}"
+        for word in ("above", "overlap", "below")
+    ]
+    return (
+        f"**{algorithm} against {other}**, intervals of the mean return: over all {len(tasks)} tasks they lie "
+        f"{STANDINGS[standing(runs, tasks, algorithm, other)]}; by task: {'; '.join(found)}."
+    )
+
+
+def returns_text(runs: Runs, task: str, algorithm: str, number: Callable[[pd.DataFrame], float]) -> str:
+    """Interquartile mean and interval of a number of the runs."""
+    return interval_text(estimate(runs.numbers(task, algorithm, number)[:, None], iqm), 1)
+
+
+def reaching_text(runs: Runs, task: str, algorithm: str, target: float | None) -> str:
+    """Median over the runs of the steps to the target, and how many reach it."""
+    if target is None:
+        return "–"
+    steps = runs.numbers(task, algorithm, lambda curve: steps_to_reach(curve, target))
+    median, reached = float(np.median(steps)), int(np.isfinite(steps).sum())
+    return f"{f'{median / 1e3:.0f}k' if math.isfinite(median) else 'never'} ({reached} of {len(steps)})"
+
+
+def interval_text(value: Estimate | None, digits: int) -> str:
+    """``0.85 (0.80 to 0.91)``."""
+    if value is None:
+        return "–"
+    point, low, high = (f"{x:,.{digits}f}" for x in value)
+    return point if math.isnan(value[1]) else f"{point} ({low} to {high})"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A Markdown table."""
+    lines = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def origin_text(runs: Runs) -> str:
+    """Dates, machines, versions and seeds of the runs."""
+    values = {name: sorted(map(str, runs.table[name].dropna().unique())) for name in runs.table if name in ORIGIN}
+    dates = values.pop("date")
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    seeds = ", ".join(map(str, sorted(runs.table["seed"].unique())))
+    versions = ", ".join(f"{name} {' or '.join(found)}" for name, found in values.items() if name != "machine")
+    machines = "; ".join(values["machine"])
+    return f"Runs of {when} on {machines}, one thread each; {versions}; seeds {seeds}."
+
+
+ORIGIN = ("date", "machine", "python", "torch", "ray", "envpool", "mujoco", "simulator")
+
+
+def summary_text(runs: Runs) -> str:
+    """What README.md shows."""
+    missing = runs.missing()
+    parts = [
+        origin_text(runs),
+        f"Interquartile means over runs, 95 % stratified bootstrap intervals. Every contestant had {TUNING_BUDGET} "
+        f"setting per task, published or default. Evaluations: {EVALUATION_EPISODES} episodes of the deterministic "
+        "policy, beside the training.",
+        "Score: 0 is the task's untrained policies, 1 the best final return of any run.",
+        markdown(overall_table(runs)),
+        *(standing_text(runs, *pair) for pair in PAIRS),
+        markdown(task_table(runs)),
+        f"**Missing:** {len(missing)} combinations, listed in the report." if missing else "Nothing is missing.",
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def learning_curves(runs: Runs, axis: str, label: str) -> Any:
+    """Interquartile mean and interval of the evaluations along the way, a panel per task."""
+    columns = min(3, len(runs.tasks))
+    rows = -(-len(runs.tasks) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(4.6 * columns, 3.2 * rows), layout="constrained", squeeze=False
+    )
+    for panel, task in zip(panels.flat, runs.tasks, strict=False):
+        for algorithm in runs.algorithms:
+            if runs.seeds(task, algorithm):
+                grid, values = runs.curves(task, algorithm, axis)
+                middle, interval = bootstrap(values[:, None], _iqm_along)
+                panel.plot(grid, middle, color=COLORS[algorithm], label=algorithm)
+                panel.fill_between(grid, *interval, color=COLORS[algorithm], alpha=0.2, linewidth=0)
+        panel.set(title=task, xlabel=label, ylabel="evaluation return")
+        panel.grid(alpha=0.3)
+    for panel in panels.flat[len(runs.tasks) :]:
+        panel.remove()
+    handles = [mpl.lines.Line2D([], [], color=COLORS[name], label=name) for name in runs.algorithms]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def _iqm_along(values: np.ndarray) -> np.ndarray:
+    """Interquartile means over the runs, [runs, 1, points] to [points]."""
+    return trim_mean(values[:, 0], 0.25, axis=0)
+
+
+def performance_profiles(runs: Runs) -> Any:
+    """Share of runs whose final score is above a threshold, over the tasks that BLPO and PPO have runs on, for the
+    algorithms that have runs on all of them."""
+    tasks = shared_tasks(runs, (SUBJECT, BASELINE))
+    if not tasks:
+        return None
+    algorithms = [name for name in runs.algorithms if all(runs.seeds(task, name) for task in tasks)]
+    thresholds = np.linspace(0, 1, 51)
+    scores = {name: matrix(runs, tasks, name, final_return) for name in algorithms}
+    np.random.seed(BOOTSTRAP_SEED)
+    profiles, intervals = rly.create_performance_profile(scores, thresholds, reps=REPETITIONS)
+    figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name in algorithms:
+        panel.plot(thresholds, profiles[name], color=COLORS[name], label=name)
+        panel.fill_between(thresholds, *intervals[name], color=COLORS[name], alpha=0.2, linewidth=0)
+    panel.set(xlabel="final score τ", ylabel="share of runs above τ", title=f"{len(tasks)} tasks: {', '.join(tasks)}")
+    panel.grid(alpha=0.3)
+    panel.legend()
+    return figure
+
+
+FIGURES: dict[str, Callable[[Runs], Any]] = {
+    "learning_curves_steps": lambda runs: learning_curves(runs, "env_steps", "environment steps"),
+    "learning_curves_seconds": lambda runs: learning_curves(runs, "seconds", "seconds of training"),
+    "learning_curves_cpu_seconds": lambda runs: learning_curves(runs, "cpu_seconds", "processor seconds of training"),
+    "performance_profiles": performance_profiles,
+}
+
+
+def report(folder: Path, readme: Path | None = None) -> list[Path]:
+    """Writes the figures and ``report.md`` into the folder, and the summary into the README.
+
+    Raises:
+        ValueError: If there are no runs, or the README lacks the marker comments.
+    """
+    tables = [pd.read_parquet(path) for path in sorted(folder.glob("*.parquet"))]
+    if not tables:
+        raise ValueError(f"{folder} has no runs: run studies/comparison/compare.py, and copy its runs.parquet there")
+    # A run that was gathered twice counts once.
+    table = pd.concat(tables, ignore_index=True).drop_duplicates(["task", "algorithm", "seed", "env_steps"])
+    runs = Runs(table)
+    written = []
+    for name, draw in FIGURES.items():
+        figure = draw(runs)
+        if figure is not None:
+            written.append(folder / f"{name}.png")
+            figure.savefig(written[-1], dpi=110)
+            plt.close(figure)
+    images = "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in written)
+    missing = "\n".join(f"- {line}" for line in runs.missing()) or "nothing"
+    summary = summary_text(runs)
+    written.append(folder / "report.md")
+    write_whole(written[-1], f"# BLPO against PPO\n\n{summary}\n\n{images}\n\n## Missing\n\n{missing}\n")
+    if readme is not None:
+        write_whole(readme, between_markers(readme.read_text(), summary))
+        written.append(readme)
+    return written
+
+
+def between_markers(text: str, inner: str) -> str:
+    """The text with what stands between the marker comments replaced.
+
+    Raises:
+        ValueError: If it lacks the markers.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the README needs {BEGIN} and {END}, between which the summary goes")
+    return f"{head}{BEGIN}\n{inner}\n{END}{tail}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, help="file whose marked part is replaced by the summary")
+    args = parser.parse_args()
+    try:
+        for path in report(args.results, args.readme):
+            print(f"wrote {path}")
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
