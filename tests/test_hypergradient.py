@@ -184,15 +184,15 @@ def test_hypergradient_is_the_total_derivative_of_a_quadratic_bilevel_problem(so
     loss = critic_loss(players, batch, targets)
     columns = players.columns(solver.draw(len(w0), np.random.default_rng(0)))
     result = hypergradient(
-        actor_of(players, batch),
-        loss,
-        batch,
-        LEADER,
-        Correction(cross_clip=None, bound=None),
-        solver,
-        Hessian(loss, NONE),
-        columns,
-        NONE,
+        actor=actor_of(players, batch),
+        loss=loss,
+        batch=batch,
+        leader=LEADER,
+        correction=Correction(cross_clip=None, bound=None),
+        solver=solver,
+        curvature=Hessian(loss, NONE),
+        columns=columns,
+        reduction=NONE,
     )
     assert (result.scale * result.mixed_product).norm() > 0.05 * result.grad_actor.norm(), (
         "the correction must matter in this test"

@@ -173,9 +173,9 @@ def test_minibatches_match_published_numbers(path, dtype, how):
         loss, solver = case.critic_loss(), solver_of(file, case)
         columns = case.columns(solver.columns) if isinstance(solver, Nystrom) else None
         result = hypergradient(
-            case.actor_pass(),
-            loss,
-            case.batch,
+            actor=case.actor_pass(),
+            loss=loss,
+            batch=case.batch,
             leader=LeaderLoss(float(file["config/clip_eps"])),
             correction=Correction(
                 cross_clip=None if case.discrete else float(file["config/clip_f"]),
@@ -224,8 +224,15 @@ def test_conjugate_gradient_goes_the_published_way(path):
     loss, published = case.critic_loss(), case.vector("ihvp")
     hessian = Hessian(loss, Reduction())
     result = hypergradient(
-        *(case.actor_pass(), loss, case.batch, LeaderLoss(0.2), Correction(None, None)),
-        *(ConjugateGradient(20), hessian, None, Reduction()),
+        actor=case.actor_pass(),
+        loss=loss,
+        batch=case.batch,
+        leader=LeaderLoss(0.2),
+        correction=Correction(None, None),
+        solver=ConjugateGradient(20),
+        curvature=hessian,
+        columns=None,
+        reduction=Reduction(),
     )
     x, v = result.ihvp, result.grad_critic
     assert float(x @ published / (x.norm() * published.norm())) > 0.8

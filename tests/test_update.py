@@ -14,7 +14,7 @@ from blpo_rllib.core.curvature import GaussNewton, Hessian
 from blpo_rllib.core.gae import BlockwiseAdvantage, Masks
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss
 from blpo_rllib.core.ihvp import ConjugateGradient, Exact, IHVPSolver, Nystrom
-from blpo_rllib.core.minibatch import COUNTS, MINIBATCH_MEANS, UpdateSettings
+from blpo_rllib.core.minibatch import Counts, MinibatchMeans, UpdateSettings
 from blpo_rllib.core.networks import flatten
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.update import BilevelUpdate
@@ -104,7 +104,7 @@ def test_by_hand_equals_automatic(solver, curvature, settings):
         start = weights(players)
         update = make(players, copy.deepcopy(solver), curvature)
         metrics = [update.run(batch, 2, settings) for _ in range(2)][-1]
-        assert not any(metrics[name] for name in COUNTS)
+        assert not any(metrics[name] for name in Counts._fields)
         assert (weights(players) - start).abs().min() > 0, "every parameter must move"
         results.append((weights(players), metrics))
     automatic, automatic_metrics = results[0]
@@ -151,7 +151,7 @@ def test_no_solver_is_nested_ppo_and_a_broken_solver_falls_back_to_it():
     torch.testing.assert_close(weights(broken), weights(plain), rtol=1e-9, atol=1e-11)
     assert metrics["hypergradient_fallbacks"] == 2 * SETTINGS.num_epochs
     assert metrics["skipped_actor_updates"] == metrics["skipped_critic_updates"] == 0
-    assert all(np.isfinite(metrics[name]) for name in MINIBATCH_MEANS)
+    assert all(np.isfinite(metrics[name]) for name in MinibatchMeans._fields)
     make(working, Nystrom(3)).run(batch, 2, SETTINGS)
     assert (weights(working) - weights(plain)).abs().max() > 1e-6, "a working solver must not fall back"
 

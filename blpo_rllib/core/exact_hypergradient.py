@@ -90,10 +90,16 @@ class Oracle:
         """The hypergradient by ``solver``, which draws its coordinates from ``generator``."""
         indices = solver.draw(self._size, generator)
         columns = None if indices is None else self._players.columns(indices)
-        leader, correction = self._settings.leader, self._settings.correction
         return hypergradient(
-            *(self._actor, self._loss, self._segments, leader, correction, solver),
-            *(self._curvature, columns, self._reduction),
+            actor=self._actor,
+            loss=self._loss,
+            batch=self._segments,
+            leader=self._settings.leader,
+            correction=self._settings.correction,
+            solver=solver,
+            curvature=self._curvature,
+            columns=columns,
+            reduction=self._reduction,
         )
 
     def exact(self, damping: float) -> Hypergradient:

@@ -114,6 +114,23 @@ class Hypergradient:
     scale: Tensor
     direction: Tensor
 
+    @classmethod
+    def uncorrected(cls, adv: Tensor, surrogate: Surrogate, grad_actor: Tensor) -> Hypergradient:
+        """Nested PPO's direction: g_θ alone. v and x are empty and the correction is 0."""
+        zero, none = torch.zeros_like(grad_actor), grad_actor.new_zeros(0)
+        return cls(
+            adv=adv,
+            surrogate=surrogate,
+            grad_actor=grad_actor,
+            grad_critic=none,
+            ihvp=none,
+            mixed_product=zero,
+            mixed_norm=zero[0],
+            actor_norm=torch.linalg.vector_norm(grad_actor),
+            scale=zero[0],
+            direction=grad_actor,
+        )
+
 
 def log_probability_ratio(batch: SegmentBatch, logp: Tensor) -> Tensor:
     """log r [B, S]; 0 outside steps, where the log-probabilities mean nothing."""
@@ -160,8 +177,7 @@ def mixed_product(
         score = score * surrogate.with_clip(adv, correction.cross_clip).active
     delta_values = loss.critic.jvp(ihvp).view_as(adv)
     delta_adv = batch.advantage.tangent(delta_values)
-    residual = (loss.targets - loss.critic.values).view_as(adv)
-    slope = delta_adv * residual - adv * delta_values
+    slope = delta_adv * loss.residual.view_as(adv) - adv * delta_values
     return actor.gradient((score * slope).flatten())
 
 
@@ -173,12 +189,13 @@ def bound_scale(mixed_norm: Tensor, gradient_norm: Tensor, bound: float | None) 
 
 
 def hypergradient(
+    *,
     actor: ActorPass,
     loss: CriticLoss,
     batch: SegmentBatch,
     leader: LeaderLoss,
     correction: Correction,
-    solver: IHVPSolver,
+    solver: IHVPSolver | None,
     curvature: Curvature,
     columns: Coordinates | None,
     reduction: Reduction,
@@ -191,7 +208,7 @@ def hypergradient(
         batch: The minibatch, B segments of S slots.
         leader: The leader's objective.
         correction: Clip and bound of the cross term.
-        solver: The inverse-Hessian-vector product.
+        solver: The inverse-Hessian-vector product; None for nested PPO, which follows g_θ alone.
         curvature: The follower's curvature at ``loss``.
         columns: The coordinates that the solver drew, if it draws any.
         reduction: Sums over the processes that share the minibatch.
@@ -202,13 +219,25 @@ def hypergradient(
     weights = loss.weights.view_as(batch.step)
     adv = batch.advantage.advantages(batch.rewards, loss.critic.values.view_as(batch.step))
     surrogate, own_grad_actor = leader_gradient(actor, batch, adv, weights, leader)
+    if solver is None:
+        return Hypergradient.uncorrected(adv, surrogate, reduction.sum(own_grad_actor))
     own_grad_critic = leader_critic_gradient(loss, batch, surrogate, weights)
     own_terms = solver.local_terms(curvature, columns)
     grad_actor, grad_critic, *terms = reduction.sum_all([own_grad_actor, own_grad_critic, *own_terms])
     ihvp = solver.solve(curvature, grad_critic, columns, terms)
     product = reduction.sum(mixed_product(actor, loss, batch, adv, surrogate, ihvp, correction))
-    norms = torch.linalg.vector_norm(product), torch.linalg.vector_norm(grad_actor)
-    scale = bound_scale(*norms, correction.bound)
-    # nan_to_num: 0 · ∞ is not 0.
-    direction = torch.addcmul(grad_actor, scale, product.nan_to_num(0.0, 0.0, 0.0), value=-1)
-    return Hypergradient(adv, surrogate, grad_actor, grad_critic, ihvp, product, *norms, scale, direction)
+    mixed_norm, actor_norm = torch.linalg.vector_norm(product), torch.linalg.vector_norm(grad_actor)
+    scale = bound_scale(mixed_norm, actor_norm, correction.bound)
+    return Hypergradient(
+        adv=adv,
+        surrogate=surrogate,
+        grad_actor=grad_actor,
+        grad_critic=grad_critic,
+        ihvp=ihvp,
+        mixed_product=product,
+        mixed_norm=mixed_norm,
+        actor_norm=actor_norm,
+        scale=scale,
+        # nan_to_num: 0 · ∞ is not 0.
+        direction=torch.addcmul(grad_actor, scale, product.nan_to_num(0.0, 0.0, 0.0), value=-1),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,13 +13,7 @@ from torch import Tensor
 
 from blpo_rllib.core.adam import AdamSteps
 from blpo_rllib.core.curvature import CriticLoss, Curvature
-from blpo_rllib.core.hypergradient import (
-    Correction,
-    Hypergradient,
-    LeaderLoss,
-    hypergradient,
-    leader_gradient,
-)
+from blpo_rllib.core.hypergradient import Correction, Hypergradient, LeaderLoss, hypergradient
 from blpo_rllib.core.ihvp import IHVPSolver
 from blpo_rllib.core.networks import ActorPass, Coordinates, CriticPass
 from blpo_rllib.core.reduction import Reduction
@@ -64,27 +58,101 @@ class UpdateSettings:
     correction: Correction
 
 
-# Means over the steps of a minibatch: computed on each process's share, summed over processes once per update phase.
-STEP_MEANS = (
-    "vf_loss_before_nesting",
-    "policy_loss",
-    "vf_loss_after_nesting",
-    "entropy",
-    "mean_kl_loss",
-    "approx_kl",
-    "clip_fraction",
-    "_residual",
-)
-# The same on every process.
-MINIBATCH_MEANS = (
-    "actor_grad_norm",
-    "mixed_norm_unbounded",
-    "mixed_norm",
-    "hypergradient_norm",
-    "mixed_grad_cosine",
-    "bound_active_fraction",
-)
-COUNTS = ("hypergradient_fallbacks", "skipped_actor_updates", "skipped_critic_updates")
+class StepMeans(NamedTuple):
+    """Means over the steps of a minibatch.
+
+    Every field is one number per slot, [n]. The mean is their sum weighted by m; each process has the terms of its own
+    steps, which are summed over processes once per update phase.
+
+    Attributes:
+        vf_loss_before_nesting: (y − V)² before the first nested step.
+        policy_loss: −s, the surrogate's loss without its penalties.
+        vf_loss_after_nesting: (y − V)² after the last nested step, as all that follows.
+        vf_residual: y − V.
+        entropy: Entropy of π(·|s).
+        mean_kl_loss: KL(π_old(·|s) ‖ π(·|s)); 0 where no penalty asks for it.
+        approx_kl: r − 1 − log r, an estimate of KL(π_old ‖ π) that is never negative.
+        clip_fraction: 1 where |r − 1| exceeds the clip width ε.
+    """
+
+    vf_loss_before_nesting: Tensor
+    policy_loss: Tensor
+    vf_loss_after_nesting: Tensor
+    vf_residual: Tensor
+    entropy: Tensor
+    mean_kl_loss: Tensor
+    approx_kl: Tensor
+    clip_fraction: Tensor
+
+
+class MinibatchMeans(NamedTuple):
+    """Scalars of a whole minibatch, the same on every process; their means over minibatches are reported.
+
+    Attributes:
+        actor_grad_norm: ‖g_θ‖.
+        mixed_norm_unbounded: ‖∇²_θw L · x‖.
+        mixed_norm: The norm of the correction applied.
+        hypergradient_norm: The norm of g_θ − the correction.
+        mixed_grad_cosine: The cosine of ∇²_θw L · x and g_θ.
+        bound_active_fraction: 1 where the bound scales the correction down.
+    """
+
+    actor_grad_norm: Tensor
+    mixed_norm_unbounded: Tensor
+    mixed_norm: Tensor
+    hypergradient_norm: Tensor
+    mixed_grad_cosine: Tensor
+    bound_active_fraction: Tensor
+
+
+class Counts(NamedTuple):
+    """How often non-finite numbers were left out, the same on every process.
+
+    Attributes:
+        hypergradient_fallbacks: Minibatches whose correction was left out.
+        skipped_actor_updates: The actor's steps that were left out.
+        skipped_critic_updates: The critic's nested steps that were left out.
+    """
+
+    hypergradient_fallbacks: Tensor
+    skipped_actor_updates: Tensor
+    skipped_critic_updates: Tensor
+
+
+@dataclass(frozen=True)
+class MinibatchMetrics:
+    """What minibatches report, in three tensors, so that to add up minibatches takes few operations.
+
+    Attributes:
+        step_means: The means of :class:`StepMeans`, in the order of its fields.
+        minibatch_means: The same of :class:`MinibatchMeans`.
+        counts: The same of :class:`Counts`.
+    """
+
+    step_means: Tensor
+    minibatch_means: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(
+        cls, step_means: StepMeans, weights: Tensor, minibatch_means: MinibatchMeans, counts: Counts
+    ) -> MinibatchMetrics:
+        """Takes the means over steps with weights m [n], and 0 for what is not finite.
+
+        A minibatch that was skipped for non-finite numbers is counted, and left out of the means.
+        """
+        return cls(
+            step_means=(torch.stack(step_means) @ weights).nan_to_num(0.0, 0.0, 0.0),
+            minibatch_means=torch.stack(minibatch_means).nan_to_num(0.0, 0.0, 0.0),
+            counts=torch.stack(counts),
+        )
+
+    def __add__(self, other: MinibatchMetrics) -> MinibatchMetrics:
+        return MinibatchMetrics(
+            self.step_means + other.step_means,
+            self.minibatch_means + other.minibatch_means,
+            self.counts + other.counts,
+        )
 
 
 @dataclass(frozen=True)
@@ -114,6 +182,20 @@ class Minibatch:
         return cls(
             segments, targets, weights, slots(segments.obs), slots(segments.actions), slots(segments.old_dist_inputs)
         )
+
+
+class MinibatchResult(NamedTuple):
+    """What the update of one minibatch reports.
+
+    Attributes:
+        metrics: Its metrics.
+        grad_critic: v = ∇_w J, [p]; empty without a solver.
+        ihvp: x ≈ (∇²_ww L + ρI)⁻¹ v, [p]; empty without a solver.
+    """
+
+    metrics: MinibatchMetrics
+    grad_critic: Tensor
+    ihvp: Tensor
 
 
 def slots(nested: Any) -> Any:
@@ -147,9 +229,7 @@ class MinibatchUpdate:
         self._players, self._actor_adam, self._critic_adam = players, actor_adam, critic_adam
         self._curvature, self._solver, self._reduction = curvature, solver, reduction
 
-    def __call__(
-        self, batch: Minibatch, columns: Coordinates | None, settings: UpdateSettings
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, batch: Minibatch, columns: Coordinates | None, settings: UpdateSettings) -> MinibatchResult:
         """Updates the players in place.
 
         Args:
@@ -158,105 +238,74 @@ class MinibatchUpdate:
             settings: What to do.
 
         Returns:
-            The values of :data:`STEP_MEANS`, :data:`MINIBATCH_MEANS` and :data:`COUNTS`; v and x.
+            What it reports.
         """
         loss_before, critic_skips = self._nested_critic_updates(batch, settings)
         loss = self.critic_loss(batch)
         old_dist_inputs = None if settings.leader.kl_coeff is None else batch.old_dist_inputs
         actor = self._players.actor(batch.obs, batch.actions, old_dist_inputs)
-        result = self._hypergradient(actor, loss, batch.segments, columns, settings)
-        actor_skip = self._actor_adam.step(result.direction, settings.grad_clip)
-        metrics = torch.cat(
-            [
-                _step_means(loss, actor, result, loss_before, settings.leader.clip),
-                _minibatch_means(result),
-                torch.stack([actor_skip, critic_skips]),
-            ]
+        result = hypergradient(
+            actor=actor,
+            loss=loss,
+            batch=batch.segments,
+            leader=settings.leader,
+            correction=settings.correction,
+            solver=self._solver,
+            curvature=self._curvature(loss, self._reduction),
+            columns=columns,
+            reduction=self._reduction,
         )
-        # A minibatch that was skipped for non-finite numbers is counted, and left out of the means.
-        return metrics.nan_to_num(0.0, 0.0, 0.0), result.grad_critic, result.ihvp
+        counts = Counts(
+            hypergradient_fallbacks=~torch.isfinite(result.mixed_norm),
+            skipped_actor_updates=self._actor_adam.step(result.direction, settings.grad_clip),
+            skipped_critic_updates=critic_skips,
+        )
+        step_means = _step_means(loss, actor, result, loss_before, settings.leader.clip)
+        metrics = MinibatchMetrics.of(step_means, loss.weights, _minibatch_means(result), counts)
+        return MinibatchResult(metrics, grad_critic=result.grad_critic, ihvp=result.ihvp)
 
     def critic_loss(self, batch: Minibatch) -> CriticLoss:
         """The follower's objective at the present w."""
         return CriticLoss(self._players.critic(batch.obs), batch.targets.flatten(), batch.weights.flatten())
 
     def _nested_critic_updates(self, batch: Minibatch, settings: UpdateSettings) -> tuple[Tensor, Tensor]:
-        """N optimizer steps on L(θ, ·); returns L before the first and how many were skipped."""
+        """N optimizer steps on L(θ, ·); returns (y − V)² [n] before the first and how many steps were skipped."""
         first, skips = None, torch.zeros((), device=batch.weights.device)
         for _ in range(settings.num_critic_updates):
             loss = self.critic_loss(batch)
-            first = loss.value if first is None else first
+            first = loss.residual.square() if first is None else first
             gradient = self._reduction.sum(loss.critic.gradient(loss.cotangent))
             skips = skips + self._critic_adam.step(gradient, settings.grad_clip)
         assert first is not None
         return first, skips
 
-    def _hypergradient(
-        self,
-        actor: ActorPass,
-        loss: CriticLoss,
-        segments: SegmentBatch,
-        columns: Coordinates | None,
-        settings: UpdateSettings,
-    ) -> Hypergradient:
-        if self._solver is None:
-            adv = segments.advantage.advantages(segments.rewards, loss.critic.values.view_as(segments.step))
-            weights = loss.weights.view_as(segments.step)
-            surrogate, own_gradient = leader_gradient(actor, segments, adv, weights, settings.leader)
-            gradient = self._reduction.sum(own_gradient)
-            none, zero = gradient.new_zeros(0), torch.zeros_like(gradient)
-            norm = torch.linalg.vector_norm(gradient)
-            return Hypergradient(adv, surrogate, gradient, none, none, zero, zero[0], norm, zero[0], gradient)
-        return hypergradient(
-            actor,
-            loss,
-            segments,
-            settings.leader,
-            settings.correction,
-            self._solver,
-            self._curvature(loss, self._reduction),
-            columns,
-            self._reduction,
-        )
-
 
 def _step_means(
-    loss: CriticLoss,
-    actor: ActorPass,
-    result: Hypergradient,
-    loss_before: Tensor,
-    clip: float,
-) -> Tensor:
-    """The values of :data:`STEP_MEANS`."""
-    surrogate, residual = result.surrogate, loss.targets - loss.critic.values
+    loss: CriticLoss, actor: ActorPass, result: Hypergradient, loss_before: Tensor, clip: float
+) -> StepMeans:
+    surrogate, residual = result.surrogate, loss.residual
     ratio = surrogate.ratio.flatten()
     change = ratio - 1
-    per_step = torch.stack(
-        [
-            (surrogate.slope * result.adv).flatten().neg(),
-            residual.square(),
-            actor.entropy,
-            torch.zeros_like(ratio) if actor.kl is None else actor.kl,
-            change - surrogate.log_ratio.flatten(),
-            change.abs() > clip,
-            residual,
-        ]
+    return StepMeans(
+        vf_loss_before_nesting=loss_before,
+        policy_loss=(surrogate.slope * result.adv).flatten().neg(),
+        vf_loss_after_nesting=residual.square(),
+        vf_residual=residual,
+        entropy=actor.entropy,
+        mean_kl_loss=torch.zeros_like(ratio) if actor.kl is None else actor.kl,
+        approx_kl=change - surrogate.log_ratio.flatten(),
+        clip_fraction=change.abs() > clip,
     )
-    return torch.cat([loss_before[None], per_step @ loss.weights])
 
 
-def _minibatch_means(result: Hypergradient) -> Tensor:
-    """The values of :data:`MINIBATCH_MEANS`, and of the first of :data:`COUNTS`."""
+def _minibatch_means(result: Hypergradient) -> MinibatchMeans:
     scale, unbounded = result.scale, result.mixed_norm
     cosine = (result.mixed_product @ result.grad_actor) / (unbounded * result.actor_norm)
-    return torch.stack(
-        [
-            result.actor_norm,
-            unbounded,
-            scale * unbounded,
-            torch.linalg.vector_norm(result.direction),
-            torch.where(scale > 0, cosine, 0.0),
-            (scale < 1) & (scale > 0),
-            ~torch.isfinite(unbounded),
-        ]
+    return MinibatchMeans(
+        actor_grad_norm=result.actor_norm,
+        mixed_norm_unbounded=unbounded,
+        mixed_norm=scale * unbounded,
+        hypergradient_norm=torch.linalg.vector_norm(result.direction),
+        mixed_grad_cosine=torch.where(scale > 0, cosine, 0.0),
+        bound_active_fraction=(scale < 1) & (scale > 0),
     )

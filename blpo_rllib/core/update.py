@@ -14,12 +14,14 @@ from blpo_rllib.core.adam import AdamSteps
 from blpo_rllib.core.curvature import Curvature
 from blpo_rllib.core.ihvp import IHVPSolver
 from blpo_rllib.core.minibatch import (
-    COUNTS,
-    MINIBATCH_MEANS,
-    STEP_MEANS,
+    Counts,
     Minibatch,
+    MinibatchMeans,
+    MinibatchMetrics,
+    MinibatchResult,
     MinibatchUpdate,
     Players,
+    StepMeans,
     UpdateSettings,
     slots,
 )
@@ -97,7 +99,7 @@ class BilevelUpdate:
         self._drawn: tuple[np.ndarray, Coordinates] | None = None
 
     def run(self, batch: SegmentBatch, num_minibatches: int, settings: UpdateSettings) -> dict[str, float]:
-        """Runs all epochs and returns the metrics, averaged over minibatches.
+        """Runs all epochs and returns the metrics by name.
 
         Args:
             batch: M segments, ``num_minibatches`` dividing M.
@@ -105,27 +107,29 @@ class BilevelUpdate:
             settings: What to do.
 
         Returns:
-            :data:`STEP_MEANS`, :data:`MINIBATCH_MEANS` and :data:`COUNTS` by name, the explained variance of the value
-            targets, and relative residual and damping of the last inverse-Hessian-vector product.
+            The fields of :class:`StepMeans` and :class:`MinibatchMeans`, averaged over minibatches; those of
+            :class:`Counts`, added up over them; ``vf_explained_var``, the share of the value targets' variance that V
+            explains; ``vf_loss``, the same as ``vf_loss_after_nesting``; and, with a solver, the relative residual
+            ``ihvp_relative_residual`` and the ``damping`` of the last inverse-Hessian-vector product.
         """
         for adam in self._adams:
             adam.refresh()
         size = len(batch) // num_minibatches
         targets = self._value_targets(batch, size)
-        sums = torch.zeros(len(STEP_MEANS + MINIBATCH_MEANS + COUNTS), dtype=targets.dtype, device=targets.device)
+        sums = None
         for minibatch in self._minibatches(batch, targets, size, settings.num_epochs):
-            metrics, v, x = self._take_minibatch(minibatch, self._draw_columns(), settings)
-            sums = sums + metrics
-        metrics_by_name = self._metrics(
-            sums, settings.num_epochs * num_minibatches, _moments(targets.nan_to_num(0.0, 0.0, 0.0), batch.step)
-        )
+            result: MinibatchResult = self._take_minibatch(minibatch, self._draw_columns(), settings)
+            sums = result.metrics if sums is None else sums + result.metrics
+        assert sums is not None
+        target_moments = _moments(targets.nan_to_num(0.0, 0.0, 0.0), batch.step)
+        metrics = self._metrics(sums, settings.num_epochs * num_minibatches, target_moments)
         if self._solver is not None:
             # On the last minibatch only, for the product it takes.
-            loss = self._minibatch_update.critic_loss(minibatch)
-            curvature = self._curvature(loss, self._reduction)
-            metrics_by_name["ihvp_relative_residual"] = float(self._solver.relative_residual(curvature, v, x))
-            metrics_by_name["damping"] = float(self._solver.damping)
-        return metrics_by_name
+            curvature = self._curvature(self._minibatch_update.critic_loss(minibatch), self._reduction)
+            residual = self._solver.relative_residual(curvature, result.grad_critic, result.ihvp)
+            metrics["ihvp_relative_residual"] = float(residual)
+            metrics["damping"] = float(self._solver.damping)
+        return metrics
 
     def get_state(self) -> dict[str, Any]:
         """What the next :meth:`run` depends on besides weights and optimizers: generators and the solver's state."""
@@ -172,16 +176,15 @@ class BilevelUpdate:
             for segments, part, count in parts:
                 yield Minibatch.of(segments, part, count)
 
-    def _metrics(self, sums: Tensor, num_updates: int, target_moments: Tensor) -> dict[str, float]:
-        num_means = len(STEP_MEANS)
-        local = self._reduction.sum(torch.cat([sums[:num_means], target_moments]))
-        values = torch.cat([local, sums[num_means:]]).tolist()
-        moments = [values.pop(num_means) for _ in target_moments]
-        metrics = dict(zip(STEP_MEANS + MINIBATCH_MEANS + COUNTS, values, strict=True))
-        for name in STEP_MEANS + MINIBATCH_MEANS:
-            metrics[name] /= num_updates
-        target_variance = moments[2] / moments[0] - (moments[1] / moments[0]) ** 2
-        residual_variance = metrics["vf_loss_after_nesting"] - metrics.pop("_residual") ** 2
+    def _metrics(self, sums: MinibatchMetrics, num_updates: int, target_moments: Tensor) -> dict[str, float]:
+        step_means, moments = self._reduction.sum_all([sums.step_means, target_moments])
+        # One transfer from the device for all of them.
+        numbers = torch.cat([step_means / num_updates, sums.minibatch_means / num_updates, sums.counts, moments])
+        names = (*StepMeans._fields, *MinibatchMeans._fields, *Counts._fields)
+        *values, count, total, squares = numbers.tolist()
+        metrics = dict(zip(names, values, strict=True))
+        target_variance = squares / count - (total / count) ** 2
+        residual_variance = metrics["vf_loss_after_nesting"] - metrics["vf_residual"] ** 2
         metrics["vf_explained_var"] = 1 - residual_variance / target_variance if target_variance > 0 else float("nan")
         metrics["vf_loss"] = metrics["vf_loss_after_nesting"]
         return metrics

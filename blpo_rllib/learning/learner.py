@@ -26,7 +26,7 @@ from ray.rllib.utils.annotations import override
 from blpo_rllib.core import native
 from blpo_rllib.core.gae import Masks, advantage_operator
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss
-from blpo_rllib.core.minibatch import COUNTS, UpdateSettings
+from blpo_rllib.core.minibatch import Counts, UpdateSettings
 from blpo_rllib.core.native import Kernels
 from blpo_rllib.core.reduction import AllReduce, Reduction
 from blpo_rllib.core.segments import SegmentBatch, SegmentPlan
@@ -219,7 +219,7 @@ class BLPOTorchLearner(PPOTorchLearner):
             segments = self._segment_batch(module_id, module_batch, config)
             num_minibatches = self._plans[module_id].num_minibatches
             metrics = self._bilevel_updates[module_id].run(segments, num_minibatches, self._settings(module_id, config))
-            if any(metrics[name] for name in COUNTS):
+            if any(metrics[name] for name in Counts._fields):
                 logger.warning(
                     "module %r met non-finite numbers in this update, which were left out: %s", module_id, metrics
                 )

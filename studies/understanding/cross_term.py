@@ -95,15 +95,15 @@ def expected_hypergradient(game: Game, theta: Tensor, w: Tensor, lambda_: float)
         advantage=ExpectedAdvantage(game, theta.detach(), lambda_),
     )
     return hypergradient(
-        AutogradActorPass(log_policy, torch.zeros_like(log_policy), None, [theta]),
-        loss,
-        batch,
-        LeaderLoss(clip=0.2),
-        Correction(cross_clip=None, bound=None, cross_reduction="mean"),
-        Exact(),
-        Hessian(loss, Reduction()),
-        Coordinates.of(np.arange(len(w)), w.device),
-        Reduction(),
+        actor=AutogradActorPass(log_policy, torch.zeros_like(log_policy), None, [theta]),
+        loss=loss,
+        batch=batch,
+        leader=LeaderLoss(clip=0.2),
+        correction=Correction(cross_clip=None, bound=None, cross_reduction="mean"),
+        solver=Exact(),
+        curvature=Hessian(loss, Reduction()),
+        columns=Coordinates.of(np.arange(len(w)), w.device),
+        reduction=Reduction(),
     )
 
 

@@ -98,8 +98,8 @@ def redirected(direction: Direction, seed: int) -> Callable[..., Hypergradient]:
     """The core's hypergradient with a correction of the same norm in another direction."""
     generator = torch.Generator().manual_seed(seed)
 
-    def replaced(*args: Any) -> Hypergradient:
-        result = hypergradient(*args)
+    def replaced(**problem: Any) -> Hypergradient:
+        result = hypergradient(**problem)
         other = direction(result.mixed_product, result.grad_actor, generator)
         product = other * (result.mixed_norm / other.norm())
         step = result.grad_actor - result.scale * product.nan_to_num(0.0, 0.0, 0.0)

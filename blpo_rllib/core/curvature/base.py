@@ -31,9 +31,9 @@ class CriticLoss:
         return (self.critic.values - self.targets).mul_(self.weights).mul_(2)
 
     @property
-    def value(self) -> Tensor:
-        """L(w), a scalar."""
-        return (self.weights * (self.targets - self.critic.values).square()).sum()
+    def residual(self) -> Tensor:
+        """y − V, [n]."""
+        return self.targets - self.critic.values
 
 
 class Curvature(ABC):
