@@ -1,12 +1,16 @@
-# Two commands do everything on a fresh machine with Python 3.11: `make train` and `make test`.
+# `make` lists what there is to make; everything but `help` and `clean` sets up .venv first.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test test-slow test-chaos lint report
+.PHONY: help setup train test test-slow test-chaos report format lint docs build clean
+.DEFAULT_GOAL := help
 
-setup: $(STAMP)
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## .venv with everything that the other targets use
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -14,24 +18,38 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(STAMP)
 
-train: $(STAMP)
+train: $(STAMP)  ## BLPO on CartPole-v1: a checkpoint, a results file, a learning curve
 	$(BIN)/python -m blpo_rllib.train cartpole --stop-timesteps 100000
 
-test: $(STAMP)
+test: $(STAMP)  ## the fast tests
 	$(BIN)/python -m pytest
 
-test-slow: $(STAMP)
+test-slow: $(STAMP)  ## the tests that train for minutes
 	$(BIN)/python -m pytest -m slow
 
-# Ten minutes; CHAOS_SECONDS=90 make test-chaos for a first look.
-test-chaos: $(STAMP)
+# CHAOS_SECONDS=90 make test-chaos for a first look.
+test-chaos: $(STAMP)  ## ten minutes of faults
 	$(BIN)/python -m pytest -m chaos --capture=no
 
-# Figures and tables from the runs in studies/comparison/results, and the table in README.md.
-report: $(STAMP)
+report: $(STAMP)  ## the comparison's tables and figures from the runs in studies/comparison/results
 	$(BIN)/python -m studies.comparison.report --readme README.md
 
-lint: $(STAMP)
+format: $(STAMP)  ## formats the code and mends what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(STAMP)  ## format, lint and types, without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## the site in site/; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+build: $(STAMP)  ## wheel and source distribution in dist/
+	rm -rf build dist
+	$(BIN)/python -m build
+
+clean:  ## removes what was built and cached; .venv and results stay
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

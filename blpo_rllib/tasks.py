@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ray.rllib.connectors.env_to_module import MeanStdFilter
 
 from blpo_rllib.blpo import BLPOConfig
+from blpo_rllib.extras import require
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,11 @@ def _mujoco(env: str, num_critic_updates: int = 3, bound: float = 1.0, cross_cli
 
     RLlib's MeanStdFilter normalises observations on the EnvRunners, the learner scales rewards; both statistics are
     part of checkpoints. The arguments are N, b and ε_F, which the reference chose by task.
+
+    Raises:
+        ImportError: If MuJoCo is not installed.
     """
+    require("mujoco", "mujoco", env)
     return (
         BLPOConfig()
         .environment(env)

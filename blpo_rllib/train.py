@@ -10,7 +10,6 @@ import json
 import time
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
@@ -23,10 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from blpo_rllib.experiments.provenance import provenance
+from blpo_rllib.extras import require
 from blpo_rllib.tasks import TASKS
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
 
 BIN = 25_000
 
@@ -110,6 +107,8 @@ def binned_returns(rows: list[dict], width: int = BIN) -> dict[int, float]:
 
 def plot(runs: list[dict], example: str, path: Path) -> None:
     """Learning curves of all seeds: mean return per bin."""
+    require("matplotlib", "matplotlib", "the learning curve").use("Agg")
+    plt = require("matplotlib.pyplot", "matplotlib", "the learning curve")
     figure, axes = plt.subplots(figsize=(7, 4))
     for run in runs:
         steps = run["rows"][-1]["env_steps"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import blpo_rllib.experiments.metrics as m
+from blpo_rllib.extras import require
 from blpo_rllib.sweep.plan import AXES
 
 SPECIFICATION = Path("blpo_dashboard.json")
@@ -23,11 +24,9 @@ def workspace(entity: str, project: str) -> Any:
     Raises:
         ImportError: If wandb-workspaces is not installed.
     """
-    try:
-        import wandb_workspaces.reports.v2 as wr
-        import wandb_workspaces.workspaces as ws
-    except ImportError as error:
-        raise ImportError('the dashboard needs wandb-workspaces: pip install "blpo_rllib[dashboard]"') from error
+    wr, ws = (
+        require(f"wandb_workspaces.{module}", "dashboard", "the dashboard") for module in ("reports.v2", "workspaces")
+    )
 
     def line(title: str, *names: str, log: bool = False, **kwargs: Any) -> Any:
         return wr.LinePlot(title=title, x=m.ENV_STEPS, y=list(names), log_y=log or None, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import wandb
 from ray.air.integrations.wandb import WANDB_ENV_VAR, WANDB_MODE_ENV_VAR, WandbLoggerCallback, _QueueItem
 from ray.air.util.node import _force_on_current_node
 from ray.cloudpickle import register_pickle_by_value
@@ -29,6 +29,7 @@ from ray.tune.result import TRAINING_ITERATION
 from blpo_rllib.experiments import wandb_process
 from blpo_rllib.experiments.metrics import grouped
 from blpo_rllib.experiments.progress import RichReporter
+from blpo_rllib.extras import require
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +65,13 @@ def trackers(
         wandb_project: W&B's project.
         upload_checkpoints: Make artifacts of checkpoints.
         tags: Further tags of the W&B runs.
+
+    Raises:
+        ImportError: If a project is named and wandb is not installed.
     """
     found: list[LoggerCallback] = [GroupedTensorBoard()]
     if wandb_project:
+        require("wandb", "wandb", "logging to Weights & Biases")
         about = {"group": group, "tags": ["BLPO", task, group, *tags], "upload_checkpoints": upload_checkpoints}
         found.append(InBackground(GroupedWandb(task=task, output=output, project=wandb_project, **about)))
     return found
@@ -220,7 +225,7 @@ def has_key() -> bool:
     if os.environ.get(WANDB_ENV_VAR) or os.environ.get(WANDB_MODE_ENV_VAR):
         return True
     try:
-        return bool(wandb.api.api_key)
+        return bool(importlib.import_module("wandb").api.api_key)
     except Exception:
         return False
 

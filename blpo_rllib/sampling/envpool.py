@@ -16,6 +16,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from blpo_rllib.extras import require
+
 PREFIX = "EnvPool/"
 
 # What EnvPool tells about its own bookkeeping, beside the task's infos.
@@ -153,16 +155,9 @@ class EnvPoolCreator:
 
 
 def _import_envpool() -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import envpool
-    except ImportError as error:
-        raise ImportError(
-            f"environments named {PREFIX + '<task>'!r} need EnvPool, which is not installed: run "
-            'pip install "blpo_rllib[envpool]"'
-        ) from error
-    return envpool
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return require("envpool", "envpool", f"an environment named {PREFIX + '<task>'!r}")
 
 
 def _float32(space: gym.Space) -> gym.Space:

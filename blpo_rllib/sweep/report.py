@@ -7,19 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import matplotlib.ticker
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from blpo_rllib.experiments.metrics import UPDATE_SECONDS, metric_name
+from blpo_rllib.extras import require
 from blpo_rllib.sweep.plan import AXES, DAMPING, RANK, SweepPlan
 from blpo_rllib.sweep.records import FAILED, TrialFiles
 
+pd = require("pandas", "sweep", "a sweep")
+mpl = require("matplotlib", "sweep", "a sweep")
 mpl.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
+plt = require("matplotlib.pyplot", "sweep", "a sweep")
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +28,7 @@ BOUND_ACTIVE = metric_name("bound_active_fraction")
 
 
 def trials_table(files: TrialFiles, fidelity: dict[str, dict[str, float]]) -> Any:
-    """All trials that ended, a row each, as a pandas DataFrame; the best return first.
-
-    Raises:
-        ImportError: If pandas is not installed.
-    """
-    try:
-        import pandas as pd
-    except ImportError as error:
-        raise ImportError('tables of sweeps need pandas: pip install "blpo_rllib[sweep]"') from error
+    """All trials that ended, a row each, as a pandas DataFrame; the best return first."""
     measured = {name: {f"exact/{key}": value for key, value in found.items()} for name, found in fidelity.items()}
     rows = [record | measured.get(name, {}) for name, record in files.ended().items()]
     table = pd.DataFrame(rows)
@@ -240,7 +232,7 @@ def _plane(points: Any, table: Any) -> Any:
 
 
 def _map(
-    axes: Axes,
+    axes: Any,
     plane: Any,
     values: Any,
     title: str,
@@ -272,7 +264,7 @@ def _norm(values: Any, log: bool, limits: tuple[float, float] | None) -> Any:
 
 
 def _cells(
-    axes: Axes,
+    axes: Any,
     plane: Any,
     values: Any,
     ranks: Any,

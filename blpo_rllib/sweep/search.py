@@ -15,6 +15,7 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialSch
 from ray.tune.search import Searcher
 
 from blpo_rllib.experiments.metrics import ENV_STEPS, EPISODE_RETURN, RUN_METRICS
+from blpo_rllib.extras import require
 from blpo_rllib.sweep.plan import AXES, PBT_FIELDS, Point, SweepPlan, rounded
 from blpo_rllib.sweep.records import FAILED, TrialFiles, write_whole
 
@@ -123,10 +124,7 @@ class OptunaPoints:
     """
 
     def __init__(self, plan: SweepPlan):
-        try:
-            import optuna
-        except ImportError as error:
-            raise ImportError("search='optuna' needs Optuna: pip install \"blpo_rllib[sweep]\"") from error
+        optuna = require("optuna", "sweep", "search='optuna'")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._plan = optuna, plan
         self._both = plan.objective == "return-and-time"
