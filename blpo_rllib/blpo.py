@@ -26,8 +26,9 @@ from ray.tune import Checkpoint
 from ray.tune.result import TIME_TOTAL_S, TRAINING_ITERATION
 
 from blpo_rllib import checkpoints
+from blpo_rllib.core.advantages import REFRESHES
 from blpo_rllib.core.curvature import CURVATURES, Curvature
-from blpo_rllib.core.hypergradient import CROSS_REDUCTIONS
+from blpo_rllib.core.hypergradient import CORRECTION_SAMPLES, CROSS_REDUCTIONS
 from blpo_rllib.core.ihvp import ConjugateGradient, Exact, IHVPSolver, Nystrom, ScaledIdentity
 from blpo_rllib.learning.players import RLModulePlayers, check_module_class
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
@@ -37,6 +38,8 @@ from blpo_rllib.sampling.envpool import check_task, envpool_task
 logger = logging.getLogger(__name__)
 
 _ENV_STEPS = (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME)
+
+ADVANTAGE_HORIZONS = ("segment", "rollout")
 
 # The solvers that `hypergradient` knows by name, made from the config's fields.
 IHVP_SOLVERS: dict[str, Callable[[BLPOConfig], IHVPSolver | None]] = {
@@ -101,12 +104,16 @@ class BLPOConfig(PPOConfig):
         self.adam_epsilon = 1e-5
         self.num_critic_updates = 3
         self.segment_length: int | None = None
+        self.advantage_horizon = "segment"
+        self.advantage_refresh = "minibatch"
+        self.standardize_advantages = False
         self.normalize_rewards = False
         self.hypergradient: str | IHVPSolver = "nystrom"
         self.curvature: str | type[Curvature] = "hessian"
         self.hypergradient_bound: float | None = 1.0
         self.cross_clip_param: float | None = 1.0
         self.cross_reduction = "sum"
+        self.correction_sample = "minibatch"
         self.nystrom_rank = 5
         self.nystrom_damping = 50.0
         self.nystrom_core_shift = 1.0
@@ -126,12 +133,16 @@ class BLPOConfig(PPOConfig):
         adam_epsilon: float = NotProvided,
         num_critic_updates: int = NotProvided,
         segment_length: int | None = NotProvided,
+        advantage_horizon: str = NotProvided,
+        advantage_refresh: str = NotProvided,
+        standardize_advantages: bool = NotProvided,
         normalize_rewards: bool = NotProvided,
         hypergradient: str | IHVPSolver = NotProvided,
         curvature: str | type[Curvature] = NotProvided,
         hypergradient_bound: float | None = NotProvided,
         cross_clip_param: float | None = NotProvided,
         cross_reduction: str = NotProvided,
+        correction_sample: str = NotProvided,
         nystrom_rank: int = NotProvided,
         nystrom_damping: float = NotProvided,
         nystrom_core_shift: float = NotProvided,
@@ -152,7 +163,15 @@ class BLPOConfig(PPOConfig):
             num_critic_updates: N >= 1, nested critic steps per minibatch, before the actor's step.
             segment_length: Steps per trajectory segment, >= 1. None: the rollout fragment, i.e. all steps an
                 environment contributes to a batch. Shorter segments make smaller minibatches possible, but advantages
-                are bootstrapped at the end of each.
+                are bootstrapped at the end of each, unless ``advantage_horizon="rollout"``.
+            advantage_horizon: What advantages extend over: the "segment", as published, or the whole "rollout": they
+                are then computed at the start of each epoch over whole rollouts, and only their change with the critic
+                since then ends with the segment. Segments can then be as short as a single step.
+            advantage_refresh: The critic that the advantages are a function of: that of the "minibatch", as
+                published, or that at the start of the "epoch" or "iteration" (PPO's); the hypergradient still goes by
+                their derivative in the critic.
+            standardize_advantages: Subtract the mean of the batch's advantages and divide by their deviation, as PPO
+                does; both are constants to the hypergradient.
             normalize_rewards: Divide rewards by the running standard deviation of the discounted return, in training
                 batches only.
             hypergradient: How the inverse-Hessian-vector product is computed: "nystrom", "cg", "exact" (dense, small
@@ -166,6 +185,9 @@ class BLPOConfig(PPOConfig):
                 clip, as always for other actions.
             cross_reduction: "sum" of the cross term over the minibatch's steps, as published, or "mean", as in the
                 losses that it belongs to.
+            correction_sample: What the correction is computed on: each "minibatch", as published, or the whole "batch",
+                once per epoch at its start, for all of the epoch's actor steps. The bound then refers to the norm of
+                the batch's gradient.
             nystrom_rank: k >= 1, at most the number of critic parameters.
             nystrom_damping: ρ > 0.
             nystrom_core_shift: δ, added to the diagonal of the Nyström core; 0 is the textbook formula.
@@ -287,9 +309,15 @@ class BLPOConfig(PPOConfig):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or value < 0):
                 self._value_error(f"{name}={value!r} must be a number >= 0, or None for none")
-        if self.cross_reduction not in CROSS_REDUCTIONS:
-            names = " or ".join(map(repr, CROSS_REDUCTIONS))
-            self._value_error(f"cross_reduction={self.cross_reduction!r} must be {names}")
+        for name, choices in (
+            ("cross_reduction", CROSS_REDUCTIONS),
+            ("correction_sample", CORRECTION_SAMPLES),
+            ("advantage_horizon", ADVANTAGE_HORIZONS),
+            ("advantage_refresh", REFRESHES),
+            ("standardize_advantages", (True, False)),
+        ):
+            if getattr(self, name) not in choices:
+                self._value_error(f"{name}={getattr(self, name)!r} must be {' or '.join(map(repr, choices))}")
         if self.hypergradient_bound == 0:
             self._value_error(
                 "hypergradient_bound=0 computes the correction and throws it away: "

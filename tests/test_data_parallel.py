@@ -20,9 +20,10 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from test_update import SETTINGS, weights
 
 from blpo_rllib import BLPOConfig
+from blpo_rllib.core.advantages import AdvantageRule
 from blpo_rllib.core.curvature import GaussNewton, Hessian
 from blpo_rllib.core.gae import Masks, advantage_operator
-from blpo_rllib.core.hypergradient import LeaderLoss
+from blpo_rllib.core.hypergradient import Correction, LeaderLoss
 from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentBatch, SegmentPlan
@@ -30,6 +31,7 @@ from blpo_rllib.core.update import BilevelUpdate
 from blpo_rllib.learning.rl_module import BLPOTorchRLModule
 
 NUM_UPDATES = 20
+SHUFFLED_STEPS = {"advantage_horizon": "rollout", "segment_length": 1}
 
 
 class Meeting:
@@ -175,6 +177,15 @@ def test_penalties_and_clipping():
     assert error(shared, alone) < 1e-10
 
 
+@pytest.mark.parametrize("rule", [AdvantageRule("minibatch", True), AdvantageRule("epoch", True)])
+def test_standardised_advantages_and_a_correction_of_the_batch(rule):
+    settings = replace(SETTINGS, advantages=rule, correction=Correction(1.0, 0.7, sample="batch"))
+    alone, *_ = train(Nystrom(3, 0.1), Hessian, settings, (), torch.float64)
+    for cuts in ((2,), (1, 3), (5,)):
+        shared, *_ = train(Nystrom(3, 0.1), Hessian, settings, cuts, torch.float64)
+        assert error(shared, alone) < 1e-10, cuts
+
+
 @pytest.mark.parametrize("solver", ["nystrom", "cg", "none"])
 def test_without_any_one_of_its_sums_the_result_is_another(solver):
     """Mutation: skip the i-th exchange of every update phase, for each i that touches the weights."""
@@ -236,7 +247,7 @@ def group_config(num_learners, modules, **training):
         .multi_agent(policies=set(modules), policy_mapping_fn=lambda agent_id, episode, **kw: agent_id)
         .rl_module(rl_module_spec=MultiRLModuleSpec(rl_module_specs=dict.fromkeys(modules, spec)))
         .learners(num_learners=num_learners, num_cpus_per_learner=0.3)
-        .training(minibatch_size=None, num_epochs=2, normalize_rewards=True, segment_length=1000, **training)
+        .training(minibatch_size=None, num_epochs=2, normalize_rewards=True, **({"segment_length": 1000} | training))
         .debugging(seed=5)
     )
 
@@ -285,9 +296,9 @@ def update_learner(learner, shards):
     learner.update(episodes=shards[learner._reduction.rank], num_epochs=2, minibatch_size=None, timesteps={})
 
 
-def group_weights(num_learners, hypergradient):
+def group_weights(num_learners, **training):
     """Weights of both modules after NUM_UPDATES updates by a learner group, each learner given every n-th episode."""
-    config = group_config(num_learners, ("a", "b"), hypergradient=hypergradient, cg_iterations=4, cg_damping=1.0)
+    config = group_config(num_learners, ("a", "b"), cg_iterations=4, cg_damping=1.0, **training)
     group = config.build_learner_group()
     group.foreach_learner(set_weights)
     for number in range(NUM_UPDATES // 2):
@@ -317,11 +328,19 @@ def ray_instance():
 
 @pytest.mark.usefixtures("ray_instance")
 @pytest.mark.parametrize(
-    "hypergradient", ["nystrom", *(pytest.param(x, marks=pytest.mark.slow) for x in ("cg", "none"))]
+    "training",
+    [
+        {"hypergradient": "nystrom"},
+        # Single steps, because rollouts that are cut at other places have other advantages.
+        dict(SHUFFLED_STEPS, standardize_advantages=True, correction_sample="batch"),
+        pytest.param({"hypergradient": "cg"}, marks=pytest.mark.slow),
+        pytest.param({"hypergradient": "none"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda training: "_".join(map(str, training.values())),
 )
-def test_learner_groups_of_any_size_agree(hypergradient):
+def test_learner_groups_of_any_size_agree(training):
     """Real processes meeting over gloo; two modules, one of which some learner has no step of; scaled rewards."""
-    alone = group_weights(0, hypergradient)
+    alone = group_weights(0, **training)
     for num_learners in (2, 3):
-        shared = group_weights(num_learners, hypergradient)
+        shared = group_weights(num_learners, **training)
         assert np.linalg.norm(shared - alone) < 1e-10 * np.linalg.norm(alone), num_learners

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -35,6 +35,14 @@ class AdvantageOperator(ABC):
     @abstractmethod
     def adjoint(self, y: Tensor) -> Tensor:
         """Dᵀ Aᵀ y, [B, S], for y that is 0 outside steps."""
+
+    @abstractmethod
+    def inverse(self, advantages: Tensor) -> Tensor:
+        """A⁻¹ adv: the temporal differences [B, S] that these advantages, 0 outside steps, come from."""
+
+    @abstractmethod
+    def scaled(self, factor: Tensor) -> Self:
+        """The operators times ``factor``, a scalar: GAE becomes ``factor`` · A (r + D V)."""
 
     @property
     @abstractmethod
@@ -88,6 +96,7 @@ class BlockwiseAdvantage(AdvantageOperator):
 
     _step: Tensor
     _next: Tensor
+    _decay: Tensor
     _within: Tensor
     _across: Tensor
     _carry: Tensor
@@ -109,6 +118,7 @@ class BlockwiseAdvantage(AdvantageOperator):
         return cls(
             _step=step,
             _next=masks.next(gamma),
+            _decay=decay * masks.continues,
             _within=_powers(decay, block) * (piece[..., None] == piece[..., None, :]),
             _across=_powers(decay**block, num_blocks) * (first[..., None] == first[..., None, :]),
             _carry=decay ** torch.arange(block, 0, -1, device=step.device) * (piece == following[..., None]),
@@ -130,6 +140,12 @@ class BlockwiseAdvantage(AdvantageOperator):
     def adjoint(self, y: Tensor) -> Tensor:
         z = self._accumulate_adjoint(y)
         return _behind(self._next * z) - self._step * z
+
+    def inverse(self, advantages: Tensor) -> Tensor:
+        return advantages - self._decay * _ahead(advantages)
+
+    def scaled(self, factor: Tensor) -> BlockwiseAdvantage:
+        return replace(self, _step=factor * self._step, _next=factor * self._next)
 
     def _td(self, values: Tensor) -> Tensor:
         """D V."""
@@ -189,6 +205,12 @@ class RecurrentAdvantage(AdvantageOperator):
     def adjoint(self, y: Tensor) -> Tensor:
         return self._run("adjoint", y)
 
+    def inverse(self, advantages: Tensor) -> Tensor:
+        return advantages - self._decay * _ahead(advantages)
+
+    def scaled(self, factor: Tensor) -> RecurrentAdvantage:
+        return replace(self, _step=factor * self._step, _next=factor * self._next)
+
     def _run(self, name: str, *inputs: Tensor | None) -> Tensor:
         # Bound to a name: a temporary would be gone before the kernel reads it.
         inputs = tuple(None if x is None else x.contiguous() for x in inputs)
@@ -196,6 +218,38 @@ class RecurrentAdvantage(AdvantageOperator):
         pointers = (None if x is None else x.data_ptr() for x in (*inputs, *self._tensors))
         self._kernels(name, out.dtype, *pointers, *out.shape, out.data_ptr())
         return out
+
+
+@dataclass(frozen=True)
+class FixedAdvantage(AdvantageOperator):
+    """Advantages that stay what they were at an earlier critic, with the derivative in the critic of ``_operator``.
+
+    They stand in the place of the rewards: ``advantages(adv, values)`` is adv.
+    """
+
+    _operator: AdvantageOperator
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return self._operator._tensors
+
+    def _of_tensors(self, tensors: Sequence[Tensor]) -> FixedAdvantage:
+        return FixedAdvantage(self._operator._of_tensors(tensors))
+
+    def advantages(self, rewards: Tensor, values: Tensor) -> Tensor:
+        return rewards
+
+    def tangent(self, values: Tensor) -> Tensor:
+        return self._operator.tangent(values)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self._operator.adjoint(y)
+
+    def inverse(self, advantages: Tensor) -> Tensor:
+        return self._operator.inverse(advantages)
+
+    def scaled(self, factor: Tensor) -> FixedAdvantage:
+        return FixedAdvantage(self._operator.scaled(factor))
 
 
 def advantage_operator(masks: Masks, gamma: float, lambda_: float, kernels: Kernels | None) -> AdvantageOperator:

@@ -11,7 +11,7 @@ or of the actor's log-probabilities, with weights written out below.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,14 +76,18 @@ class Correction:
         cross_clip: ε_F, the clip width inside the cross term; None for no clip, as for discrete actions.
         bound: b: the correction is scaled down to ‖mixed‖ <= b ‖g_θ‖; None for no bound.
         cross_reduction: "sum" over steps, as published, or "mean", as in the losses J and L.
+        sample: What it is computed on: each "minibatch", as published, or the "batch", once per epoch at its start, for
+            all actor steps of the epoch. The bound then refers to g_θ of the batch.
     """
 
     cross_clip: float | None
     bound: float | None
     cross_reduction: str = "sum"
+    sample: str = "minibatch"
 
 
 CROSS_REDUCTIONS = ("sum", "mean")
+CORRECTION_SAMPLES = ("minibatch", "batch")
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,17 @@ class Hypergradient:
             actor_norm=torch.linalg.vector_norm(grad_actor),
             scale=zero[0],
             direction=grad_actor,
+        )
+
+    def with_correction_of(self, other: Hypergradient) -> Hypergradient:
+        """g_θ of this minibatch less the correction that was found on a larger sample."""
+        return replace(
+            other,
+            adv=self.adv,
+            surrogate=self.surrogate,
+            grad_actor=self.grad_actor,
+            actor_norm=self.actor_norm,
+            direction=corrected(self.grad_actor, other.mixed_product, other.scale),
         )
 
 
@@ -188,6 +203,12 @@ def bound_scale(mixed_norm: Tensor, gradient_norm: Tensor, bound: float | None) 
     return torch.where((mixed_norm > 0) & (mixed_norm < torch.inf), scale, 0.0)
 
 
+def corrected(grad_actor: Tensor, product: Tensor, scale: Tensor) -> Tensor:
+    """g_θ − scale · mixed; ``product`` may hold anything where ``scale`` is 0."""
+    # nan_to_num: 0 · ∞ is not 0.
+    return torch.addcmul(grad_actor, scale, product.nan_to_num(0.0, 0.0, 0.0), value=-1)
+
+
 def hypergradient(
     *,
     actor: ActorPass,
@@ -238,6 +259,5 @@ def hypergradient(
         mixed_norm=mixed_norm,
         actor_norm=actor_norm,
         scale=scale,
-        # nan_to_num: 0 · ∞ is not 0.
-        direction=torch.addcmul(grad_actor, scale, product.nan_to_num(0.0, 0.0, 0.0), value=-1),
+        direction=corrected(grad_actor, product, scale),
     )

@@ -12,6 +12,7 @@ import tree
 from torch import Tensor
 
 from blpo_rllib.core.adam import AdamSteps
+from blpo_rllib.core.advantages import AdvantageRule
 from blpo_rllib.core.curvature import CriticLoss, Curvature
 from blpo_rllib.core.hypergradient import Correction, Hypergradient, LeaderLoss, hypergradient
 from blpo_rllib.core.ihvp import IHVPSolver
@@ -48,7 +49,8 @@ class UpdateSettings:
         num_critic_updates: N, nested critic steps per minibatch, >= 1.
         leader: The leader's objective.
         grad_clip: Largest global norm of a player's gradient; None for no clipping.
-        correction: Clip and bound of the cross term.
+        correction: Clip, bound and sample of the cross term.
+        advantages: Which critic the advantages are a function of.
     """
 
     num_epochs: int
@@ -56,6 +58,7 @@ class UpdateSettings:
     leader: LeaderLoss
     grad_clip: float | None
     correction: Correction
+    advantages: AdvantageRule = AdvantageRule()
 
 
 class StepMeans(NamedTuple):
@@ -229,32 +232,31 @@ class MinibatchUpdate:
         self._players, self._actor_adam, self._critic_adam = players, actor_adam, critic_adam
         self._curvature, self._solver, self._reduction = curvature, solver, reduction
 
-    def __call__(self, batch: Minibatch, columns: Coordinates | None, settings: UpdateSettings) -> MinibatchResult:
+    def __call__(
+        self,
+        batch: Minibatch,
+        columns: Coordinates | None,
+        settings: UpdateSettings,
+        shared: Hypergradient | None = None,
+    ) -> MinibatchResult:
         """Updates the players in place.
 
         Args:
             batch: The minibatch.
             columns: The coordinates that the solver drew, if it draws any.
             settings: What to do.
+            shared: What :meth:`hypergradient` found on a larger sample, to go by its correction; None for the
+                correction of this minibatch.
 
         Returns:
             What it reports.
         """
         loss_before, critic_skips = self._nested_critic_updates(batch, settings)
-        loss = self.critic_loss(batch)
-        old_dist_inputs = None if settings.leader.kl_coeff is None else batch.old_dist_inputs
-        actor = self._players.actor(batch.obs, batch.actions, old_dist_inputs)
-        result = hypergradient(
-            actor=actor,
-            loss=loss,
-            batch=batch.segments,
-            leader=settings.leader,
-            correction=settings.correction,
-            solver=self._solver,
-            curvature=self._curvature(loss, self._reduction),
-            columns=columns,
-            reduction=self._reduction,
-        )
+        loss, actor = self.critic_loss(batch), self._actor(batch, settings)
+        if shared is None:
+            result = self._hypergradient(batch, loss, actor, self._solver, columns, settings)
+        else:
+            result = self._hypergradient(batch, loss, actor, None, None, settings).with_correction_of(shared)
         counts = Counts(
             hypergradient_fallbacks=~torch.isfinite(result.mixed_norm),
             skipped_actor_updates=self._actor_adam.step(result.direction, settings.grad_clip),
@@ -263,6 +265,36 @@ class MinibatchUpdate:
         step_means = _step_means(loss, actor, result, loss_before, settings.leader.clip)
         metrics = MinibatchMetrics.of(step_means, loss.weights, _minibatch_means(result), counts)
         return MinibatchResult(metrics, grad_critic=result.grad_critic, ihvp=result.ihvp)
+
+    def hypergradient(self, batch: Minibatch, columns: Coordinates | None, settings: UpdateSettings) -> Hypergradient:
+        """The hypergradient at the present players, which stay as they are."""
+        loss, actor = self.critic_loss(batch), self._actor(batch, settings)
+        return self._hypergradient(batch, loss, actor, self._solver, columns, settings)
+
+    def _hypergradient(
+        self,
+        batch: Minibatch,
+        loss: CriticLoss,
+        actor: ActorPass,
+        solver: IHVPSolver | None,
+        columns: Coordinates | None,
+        settings: UpdateSettings,
+    ) -> Hypergradient:
+        return hypergradient(
+            actor=actor,
+            loss=loss,
+            batch=batch.segments,
+            leader=settings.leader,
+            correction=settings.correction,
+            solver=solver,
+            curvature=self._curvature(loss, self._reduction),
+            columns=columns,
+            reduction=self._reduction,
+        )
+
+    def _actor(self, batch: Minibatch, settings: UpdateSettings) -> ActorPass:
+        old_dist_inputs = None if settings.leader.kl_coeff is None else batch.old_dist_inputs
+        return self._players.actor(batch.obs, batch.actions, old_dist_inputs)
 
     def critic_loss(self, batch: Minibatch) -> CriticLoss:
         """The follower's objective at the present w."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from blpo_rllib.core.adam import AdamSteps
+from blpo_rllib.core.advantages import Rollouts, anchored, full_advantages
 from blpo_rllib.core.curvature import Curvature
 from blpo_rllib.core.ihvp import IHVPSolver
 from blpo_rllib.core.minibatch import (
@@ -98,13 +99,17 @@ class BilevelUpdate:
             self._take_minibatch = Compiled(self._minibatch_update, compile_)
         self._drawn: tuple[np.ndarray, Coordinates] | None = None
 
-    def run(self, batch: SegmentBatch, num_minibatches: int, settings: UpdateSettings) -> dict[str, float]:
+    def run(
+        self, batch: SegmentBatch, num_minibatches: int, settings: UpdateSettings, rollouts: Rollouts | None = None
+    ) -> dict[str, float]:
         """Runs all epochs and returns the metrics by name.
 
         Args:
             batch: M segments, ``num_minibatches`` dividing M.
             num_minibatches: Minibatches per epoch.
             settings: What to do.
+            rollouts: What the segments were cut from, for advantages over whole rollouts; None for advantages that end
+                with the segment.
 
         Returns:
             The fields of :class:`StepMeans` and :class:`MinibatchMeans`, averaged over minibatches; those of
@@ -115,17 +120,29 @@ class BilevelUpdate:
         for adam in self._adams:
             adam.refresh()
         size = len(batch) // num_minibatches
-        targets = self._value_targets(batch, size)
-        sums = None
-        for minibatch in self._minibatches(batch, targets, size, settings.num_epochs):
-            result: MinibatchResult = self._take_minibatch(minibatch, self._draw_columns(), settings)
-            sums = result.metrics if sums is None else sums + result.metrics
+        values = self._values(batch, size)
+        adv = full_advantages(batch, values, rollouts)
+        targets, segments, shared, sums = values + adv, batch, None, None
+        for epoch in range(settings.num_epochs):
+            if settings.advantages.is_anchored_at(epoch, rollouts is not None):
+                if epoch:
+                    values = self._values(batch, size)
+                    adv = full_advantages(batch, values, rollouts)
+                segments = anchored(batch, values, adv, settings.advantages, self._reduction)
+            if self._solver is not None and settings.correction.sample == "batch":
+                sample = Minibatch.of(segments, targets, self._reduction.sum(segments.step.sum()))
+                shared = self._minibatch_update.hypergradient(sample, self._draw_columns(), settings)
+            for minibatch in self._minibatches(segments, targets, size):
+                columns = self._draw_columns() if shared is None else None
+                result: MinibatchResult = self._take_minibatch(minibatch, columns, settings, shared)
+                sums = result.metrics if sums is None else sums + result.metrics
         assert sums is not None
         target_moments = _moments(targets.nan_to_num(0.0, 0.0, 0.0), batch.step)
         metrics = self._metrics(sums, settings.num_epochs * num_minibatches, target_moments)
         if self._solver is not None:
-            # On the last minibatch only, for the product it takes.
-            curvature = self._curvature(self._minibatch_update.critic_loss(minibatch), self._reduction)
+            # On the last sample only, for the product it takes.
+            last = minibatch if shared is None else sample
+            curvature = self._curvature(self._minibatch_update.critic_loss(last), self._reduction)
             residual = self._solver.relative_residual(curvature, result.grad_critic, result.ihvp)
             metrics["ihvp_relative_residual"] = float(residual)
             metrics["damping"] = float(self._solver.damping)
@@ -159,22 +176,21 @@ class BilevelUpdate:
             self._drawn = indices, self._players.columns(indices)
         return self._drawn[1]
 
-    def _value_targets(self, batch: SegmentBatch, size: int) -> Tensor:
-        """GAE + V under the critic at the start of the phase, [M, S]."""
+    def _values(self, batch: SegmentBatch, size: int) -> Tensor:
+        """V under the present critic, [M, S]."""
         with torch.no_grad():
             parts = batch.split(size)
-            values = torch.cat([self._players.critic(slots(part.obs)).values.view_as(part.step) for part in parts])
-        return values + batch.advantage.advantages(batch.rewards, values)
+            return torch.cat([self._players.critic(slots(part.obs)).values.view_as(part.step) for part in parts])
 
-    def _minibatches(self, batch: SegmentBatch, targets: Tensor, size: int, num_epochs: int) -> Iterator[Minibatch]:
-        for _ in range(num_epochs):
-            order = torch.as_tensor(self._order_generator.permutation(len(batch)), device=targets.device)
-            shuffled, shuffled_targets = batch.permuted(order), targets[order]
-            # A process may have only blank segments in a minibatch, but never do all of them.
-            num_steps = self._reduction.sum(shuffled.step.view(-1, size, shuffled.step.shape[1]).sum((1, 2)))
-            parts = zip(shuffled.split(size), shuffled_targets.split(size), num_steps, strict=True)
-            for segments, part, count in parts:
-                yield Minibatch.of(segments, part, count)
+    def _minibatches(self, batch: SegmentBatch, targets: Tensor, size: int) -> Iterator[Minibatch]:
+        """Those of an epoch, in random order."""
+        order = torch.as_tensor(self._order_generator.permutation(len(batch)), device=targets.device)
+        shuffled, shuffled_targets = batch.permuted(order), targets[order]
+        # A process may have only blank segments in a minibatch, but never do all of them.
+        num_steps = self._reduction.sum(shuffled.step.view(-1, size, shuffled.step.shape[1]).sum((1, 2)))
+        parts = zip(shuffled.split(size), shuffled_targets.split(size), num_steps, strict=True)
+        for segments, part, count in parts:
+            yield Minibatch.of(segments, part, count)
 
     def _metrics(self, sums: MinibatchMetrics, num_updates: int, target_moments: Tensor) -> dict[str, float]:
         step_means, moments = self._reduction.sum_all([sums.step_means, target_moments])

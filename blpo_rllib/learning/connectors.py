@@ -18,7 +18,8 @@ from scipy.signal import lfilter
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentPlan, layout_segments
 
-# Columns that PackSegments adds, bool [M, S]: see blpo_rllib.core.segments.SegmentLayout.
+# Columns that PackSegments adds, [M, S]: see blpo_rllib.core.segments.SegmentLayout.
+SEGMENT_INDEX = "segment_index"
 SEGMENT_STEP = "segment_step"
 SEGMENT_CONTINUES = "segment_continues"
 
@@ -72,6 +73,7 @@ class PackSegments(ConnectorV2):
         device = columns[Columns.LOSS_MASK].device
         index = torch.as_tensor(layout.index, device=device)
         packed = {name: tree.map_structure(lambda x: x[index], columns[name]) for name in _COLUMNS if name in columns}
+        packed[SEGMENT_INDEX] = index
         packed[SEGMENT_STEP] = torch.as_tensor(layout.step, device=device)
         packed[SEGMENT_CONTINUES] = torch.as_tensor(layout.continues, device=device)
         return packed

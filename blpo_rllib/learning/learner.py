@@ -24,14 +24,15 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.annotations import override
 
 from blpo_rllib.core import native
-from blpo_rllib.core.gae import Masks, advantage_operator
+from blpo_rllib.core.advantages import AdvantageRule, Rollouts
+from blpo_rllib.core.gae import AdvantageOperator, Masks, advantage_operator
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss
 from blpo_rllib.core.minibatch import Counts, UpdateSettings
 from blpo_rllib.core.native import Kernels
 from blpo_rllib.core.reduction import AllReduce, Reduction
 from blpo_rllib.core.segments import SegmentBatch, SegmentPlan
 from blpo_rllib.core.update import BilevelUpdate
-from blpo_rllib.learning.connectors import SEGMENT_CONTINUES, SEGMENT_STEP, PackSegments, RewardScale
+from blpo_rllib.learning.connectors import SEGMENT_CONTINUES, SEGMENT_INDEX, SEGMENT_STEP, PackSegments, RewardScale
 from blpo_rllib.learning.players import RLModulePlayers, blank_action, blank_observation
 
 logger = logging.getLogger(__name__)
@@ -217,8 +218,12 @@ class BLPOTorchLearner(PPOTorchLearner):
         for module_id, module_batch in sorted(batch.items()):
             config = self.config.get_config_for_module(module_id)
             segments = self._segment_batch(module_id, module_batch, config)
-            num_minibatches = self._plans[module_id].num_minibatches
-            metrics = self._bilevel_updates[module_id].run(segments, num_minibatches, self._settings(module_id, config))
+            metrics = self._bilevel_updates[module_id].run(
+                segments,
+                self._plans[module_id].num_minibatches,
+                self._settings(module_id, config),
+                self._rollouts(module_batch, segments, config),
+            )
             if any(metrics[name] for name in Counts._fields):
                 logger.warning(
                     "module %r met non-finite numbers in this update, which were left out: %s", module_id, metrics
@@ -249,13 +254,24 @@ class BLPOTorchLearner(PPOTorchLearner):
             old_dist_inputs=cast(columns[Columns.ACTION_DIST_INPUTS]),
             rewards=cast(columns[Columns.REWARDS]) / scale,
             step=step,
-            advantage=advantage_operator(
-                Masks(step, columns[Columns.TERMINATEDS].to(dtype) * step, continues),
-                config.gamma,
-                config.lambda_,
-                self._kernels if dtype in native.DTYPES else None,
+            advantage=self._advantage_operator(
+                Masks(step, columns[Columns.TERMINATEDS].to(dtype) * step, continues), config
             ),
         )
+
+    def _rollouts(self, columns: dict[str, Any], segments: SegmentBatch, config: Any) -> Rollouts | None:
+        if config.advantage_horizon == "segment":
+            return None
+        return Rollouts.of(
+            columns[SEGMENT_INDEX],
+            segments.step,
+            columns[Columns.TERMINATEDS].to(segments.step.dtype) * segments.step,
+            lambda masks: self._advantage_operator(masks, config),
+        )
+
+    def _advantage_operator(self, masks: Masks, config: Any) -> AdvantageOperator:
+        kernels = self._kernels if masks.step.dtype in native.DTYPES else None
+        return advantage_operator(masks, config.gamma, config.lambda_, kernels)
 
     def _settings(self, module_id: str, config: Any) -> UpdateSettings:
         return UpdateSettings(
@@ -268,8 +284,12 @@ class BLPOTorchLearner(PPOTorchLearner):
             ),
             grad_clip=config.grad_clip,
             correction=Correction(
-                self._cross_clip(module_id, config), config.hypergradient_bound, config.cross_reduction
+                self._cross_clip(module_id, config),
+                config.hypergradient_bound,
+                config.cross_reduction,
+                config.correction_sample,
             ),
+            advantages=AdvantageRule(config.advantage_refresh, config.standardize_advantages),
         )
 
     def _cross_clip(self, module_id: str, config: Any) -> float | None:
