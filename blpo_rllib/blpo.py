@@ -102,6 +102,8 @@ class BLPOConfig(PPOConfig):
         self.actor_lr: LearningRateOrSchedule = 3e-4
         self.critic_lr: LearningRateOrSchedule = 1.2e-3
         self.adam_epsilon = 1e-5
+        self.max_kl: float | None = None
+        self.target_kl: float | None = None
         self.num_critic_updates = 3
         self.segment_length: int | None = None
         self.advantage_horizon = "segment"
@@ -131,6 +133,8 @@ class BLPOConfig(PPOConfig):
         actor_lr: LearningRateOrSchedule = NotProvided,
         critic_lr: LearningRateOrSchedule = NotProvided,
         adam_epsilon: float = NotProvided,
+        max_kl: float | None = NotProvided,
+        target_kl: float | None = NotProvided,
         num_critic_updates: int = NotProvided,
         segment_length: int | None = NotProvided,
         advantage_horizon: str = NotProvided,
@@ -160,6 +164,11 @@ class BLPOConfig(PPOConfig):
             actor_lr: Adam learning rate of the actor (the leader), > 0, or a schedule ``[[timestep, value], ...]``.
             critic_lr: Adam learning rate of the critic (the follower), > 0, or a schedule.
             adam_epsilon: Adam's ε of both optimizers, > 0.
+            max_kl: KL divergence from the policy that sampled, > 0, averaged over an epoch, at which that is the
+                iteration's last. None: all epochs, always.
+            target_kl: KL divergence > 0, averaged over an iteration, that the actor's learning rate is steered to: the
+                rate is divided by 1.5 where the policy moved more than twice as far, multiplied by 1.5 where less than
+                half as far, and stays between 1/100 and 10 times ``actor_lr``. None: the rate is ``actor_lr``.
             num_critic_updates: N >= 1, nested critic steps per minibatch, before the actor's step.
             segment_length: Steps per trajectory segment, >= 1. None: the rollout fragment, i.e. all steps an
                 environment contributes to a batch. Shorter segments make smaller minibatches possible, but advantages
@@ -303,6 +312,10 @@ class BLPOConfig(PPOConfig):
         for name in ("num_critic_updates", "num_epochs"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 self._value_error(f"{name}={getattr(self, name)!r} must be an integer >= 1")
+        for name in ("max_kl", "target_kl"):
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or value <= 0):
+                self._value_error(f"{name}={value!r} must be a number > 0, or None for none")
         if not isinstance(self.native_kernels, bool):
             self._value_error(f"native_kernels={self.native_kernels!r} must be True or False")
         for name in ("hypergradient_bound", "cross_clip_param"):

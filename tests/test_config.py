@@ -86,6 +86,8 @@ def test_search_spaces_and_round_trips():
         ({"hypergradient_bound": 0}, 'use hypergradient="none"'),
         ({"cross_clip_param": -0.1}, "cross_clip_param=-0.1"),
         ({"cross_reduction": "max"}, "cross_reduction='max' must be 'sum' or 'mean'"),
+        ({"max_kl": 0}, "max_kl=0 must be a number > 0, or None for none"),
+        ({"target_kl": -0.01}, "target_kl=-0.01 must be a number > 0, or None for none"),
         ({"correction_sample": "epoch"}, "correction_sample='epoch' must be 'minibatch' or 'batch'"),
         ({"advantage_horizon": "episode"}, "advantage_horizon='episode' must be 'segment' or 'rollout'"),
         ({"advantage_refresh": "step"}, "advantage_refresh='step' must be 'minibatch' or 'epoch' or 'iteration'"),

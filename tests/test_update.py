@@ -280,3 +280,44 @@ def test_failed_compilation_falls_back_with_one_warning(caplog):
     assert torch.equal(weights(fast), weights(plain))
     assert caplog.text.count("torch.compile failed") == 1
     assert "no compiler here" in caplog.text
+
+
+def test_epochs_end_at_the_largest_kl():
+    """A limit between the first two epochs' KL divergences, read off runs of one and of two epochs."""
+    batch, start = random_batch(num_segments=4), SmallPlayers()
+
+    def run(num_epochs, max_kl):
+        players = copy.deepcopy(start)
+        metrics = make(players, Nystrom(3)).run(batch, 2, replace(SETTINGS, num_epochs=num_epochs, max_kl=max_kl))
+        return weights(players), metrics
+
+    one, first = run(1, None)
+    two, both = run(2, None)
+    second = 2 * both["approx_kl"] - first["approx_kl"]
+    assert second != pytest.approx(first["approx_kl"])
+    stopped, metrics = run(4, (1 - 1e-6) * first["approx_kl"])
+    assert torch.equal(stopped, one)
+    assert metrics == first
+    assert metrics["epochs"] == 1
+    if second > first["approx_kl"]:
+        stopped, metrics = run(4, (first["approx_kl"] + second) / 2)
+        assert torch.equal(stopped, two)
+        assert metrics == pytest.approx(both)
+
+
+def test_the_actors_rate_follows_the_kl_and_is_part_of_the_state():
+    batch = random_batch(num_segments=4)
+    far, near = twins()
+    for players, target, factors in ((far, 1e-9, (1, 1 / 1.5, 1 / 1.5**2)), (near, 1e9, (1, 1.5, 1.5**2))):
+        update, settings = make(players, None), replace(SETTINGS, target_kl=target)
+        found = [update.run(batch, 2, settings)["actor_rate_factor"] for _ in range(3)]
+        assert found == pytest.approx(factors)
+        actor, critic = (adam._rate for adam in update._adams)
+        assert (actor, critic) == pytest.approx((3e-3 * factors[-1], 1e-2))
+        restored = make(copy.deepcopy(players), None)
+        restored.set_state(copy.deepcopy(update.get_state()))
+        following = restored.run(batch, 2, settings)["actor_rate_factor"]
+        assert following == update.run(batch, 2, settings)["actor_rate_factor"]
+        # Without a target the rate is the schedule's again.
+        update.run(batch, 2, SETTINGS)
+        assert update._adams[0]._rate == 3e-3

@@ -30,8 +30,12 @@ class AdamSteps:
         self._lay_out()
         self.refresh()
 
-    def refresh(self) -> None:
-        """Reads parameters, state and hyperparameters anew: due after a checkpoint was restored or a schedule moved."""
+    def refresh(self, rate_factor: float = 1.0) -> None:
+        """Reads parameters, state and hyperparameters anew: due after a checkpoint was restored or a schedule moved.
+
+        Args:
+            rate_factor: What the optimizer's learning rate is multiplied by.
+        """
         group = self._optimizer.param_groups[0]
         self._betas, self._epsilon = group["betas"], group["eps"]
         if not self._is_laid_out():
@@ -39,7 +43,7 @@ class AdamSteps:
         # CUDA's kernel reads float32; on CPU float64 keeps the rate exact.
         device = self._step.device
         dtype = torch.float32 if device.type == "cuda" else torch.float64
-        self._rate = float(group["lr"])
+        self._rate = rate_factor * float(group["lr"])
         self._lr = torch.as_tensor(self._rate, dtype=dtype, device=device)
 
     def _is_laid_out(self) -> bool:

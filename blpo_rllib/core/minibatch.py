@@ -51,6 +51,9 @@ class UpdateSettings:
         grad_clip: Largest global norm of a player's gradient; None for no clipping.
         correction: Clip, bound and sample of the cross term.
         advantages: Which critic the advantages are a function of.
+        max_kl: The KL divergence from the old policy, averaged over an epoch, at which that is the last; None for none.
+        target_kl: What the actor's learning rate is steered to, as an average over the update phase; None for a rate
+            that follows its schedule alone.
     """
 
     num_epochs: int
@@ -59,6 +62,8 @@ class UpdateSettings:
     grad_clip: float | None
     correction: Correction
     advantages: AdvantageRule = AdvantageRule()
+    max_kl: float | None = None
+    target_kl: float | None = None
 
 
 class StepMeans(NamedTuple):

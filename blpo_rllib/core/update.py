@@ -98,6 +98,7 @@ class BilevelUpdate:
         if compile_ is not None:
             self._take_minibatch = Compiled(self._minibatch_update, compile_)
         self._drawn: tuple[np.ndarray, Coordinates] | None = None
+        self._rate_factor = 1.0
 
     def run(
         self, batch: SegmentBatch, num_minibatches: int, settings: UpdateSettings, rollouts: Rollouts | None = None
@@ -117,13 +118,16 @@ class BilevelUpdate:
             explains; ``vf_loss``, the same as ``vf_loss_after_nesting``; and, with a solver, the relative residual
             ``ihvp_relative_residual`` and the ``damping`` of the last inverse-Hessian-vector product.
         """
-        for adam in self._adams:
-            adam.refresh()
+        actor_adam, critic_adam = self._adams
+        actor_adam.refresh(1.0 if settings.target_kl is None else self._rate_factor)
+        critic_adam.refresh()
         size = len(batch) // num_minibatches
         values = self._values(batch, size)
         adv = full_advantages(batch, values, rollouts)
-        targets, segments, shared, sums = values + adv, batch, None, None
+        targets, segments, shared, num_updates = values + adv, batch, None, 0
+        sums: MinibatchMetrics | None = None
         for epoch in range(settings.num_epochs):
+            before = sums
             if settings.advantages.is_anchored_at(epoch, rollouts is not None):
                 if epoch:
                     values = self._values(batch, size)
@@ -136,9 +140,17 @@ class BilevelUpdate:
                 columns = self._draw_columns() if shared is None else None
                 result: MinibatchResult = self._take_minibatch(minibatch, columns, settings, shared)
                 sums = result.metrics if sums is None else sums + result.metrics
+            num_updates += num_minibatches
+            assert sums is not None
+            if settings.max_kl is not None and self._kl(sums, before) > settings.max_kl * num_minibatches:
+                break
         assert sums is not None
         target_moments = _moments(targets.nan_to_num(0.0, 0.0, 0.0), batch.step)
-        metrics = self._metrics(sums, settings.num_epochs * num_minibatches, target_moments)
+        metrics = self._metrics(sums, num_updates, target_moments)
+        metrics["epochs"] = num_updates / num_minibatches
+        if settings.target_kl is not None:
+            metrics["actor_rate_factor"] = self._rate_factor
+            self._rate_factor = next_rate_factor(self._rate_factor, metrics["approx_kl"], settings.target_kl)
         if self._solver is not None:
             # On the last sample only, for the product it takes.
             last = minibatch if shared is None else sample
@@ -155,12 +167,15 @@ class BilevelUpdate:
             "order_generator": self._order_generator.bit_generator.state,
             "column_generator": self._column_generator.bit_generator.state,
             "solver": solver,
+            "rate_factor": self._rate_factor,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`get_state` returned."""
         self._order_generator.bit_generator.state = state["order_generator"]
         self._column_generator.bit_generator.state = state["column_generator"]
+        # Absent from checkpoints of before there was one.
+        self._rate_factor = state.get("rate_factor", 1.0)
         if self._solver is not None and state["solver"] is not None:
             self._solver.set_state(state["solver"])
 
@@ -192,6 +207,12 @@ class BilevelUpdate:
         for segments, part, count in parts:
             yield Minibatch.of(segments, part, count)
 
+    def _kl(self, sums: MinibatchMetrics, before: MinibatchMetrics | None) -> float:
+        """``approx_kl``, added up over the minibatches since ``before``, of all processes."""
+        index = StepMeans._fields.index("approx_kl")
+        added = sums.step_means[index] - (0.0 if before is None else before.step_means[index])
+        return float(self._reduction.sum(added))
+
     def _metrics(self, sums: MinibatchMetrics, num_updates: int, target_moments: Tensor) -> dict[str, float]:
         step_means, moments = self._reduction.sum_all([sums.step_means, target_moments])
         # One transfer from the device for all of them.
@@ -204,6 +225,16 @@ class BilevelUpdate:
         metrics["vf_explained_var"] = 1 - residual_variance / target_variance if target_variance > 0 else float("nan")
         metrics["vf_loss"] = metrics["vf_loss_after_nesting"]
         return metrics
+
+
+def next_rate_factor(factor: float, kl: float, target: float) -> float:
+    """The rule of rsl_rl (Schwarke et al. 2025, arXiv:2509.10771): a rate 1.5 times smaller where the policy moved more
+    than twice as far as ``target``, 1.5 times larger where less than half as far; within 1/100 and 10."""
+    if kl > 2 * target:
+        return max(factor / 1.5, 1e-2)
+    if kl < target / 2:
+        return min(factor * 1.5, 10.0)
+    return factor
 
 
 def _moments(x: Tensor, step: Tensor) -> Tensor:

@@ -86,6 +86,8 @@ LEARNER_METRICS = {
         "approx_kl",
         "clip_fraction",
         "mean_kl_loss",
+        "epochs",
+        "actor_rate_factor",
     ),
     "faults": ("hypergradient_fallbacks", "skipped_actor_updates", "skipped_critic_updates"),
 }

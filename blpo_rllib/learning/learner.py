@@ -290,6 +290,8 @@ class BLPOTorchLearner(PPOTorchLearner):
                 config.correction_sample,
             ),
             advantages=AdvantageRule(config.advantage_refresh, config.standardize_advantages),
+            max_kl=config.max_kl,
+            target_kl=config.target_kl,
         )
 
     def _cross_clip(self, module_id: str, config: Any) -> float | None:
