@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ray.rllib.connectors.env_to_module import MeanStdFilter
+from ray.rllib.utils.typing import LearningRateOrSchedule
 
 from blpo_rllib.blpo import BLPOConfig
 from blpo_rllib.extras import require
@@ -43,6 +44,36 @@ def published_batches(config: BLPOConfig) -> BLPOConfig:
     """32 environments × 640 steps, 4 epochs of 32 minibatches of one segment: the reference's, and BLPOConfig's own."""
     return config.env_runners(num_envs_per_env_runner=32).training(
         train_batch_size_per_learner=20480, minibatch_size=640, num_epochs=4
+    )
+
+
+def mixed_minibatches(config: BLPOConfig, steps: int = 1_000_000) -> BLPOConfig:
+    """10 epochs of 32 minibatches of 4 segments of 16 steps out of 2,048, and rates that fall to 0 over ``steps``.
+
+    PPO's usual sizes for a million steps, with minibatches that mix trajectories: on one stretch of 64 steps the
+    correction is noise.
+    """
+    actor_lr, critic_lr = ([[0, _first(rate)], [steps, 0.0]] for rate in (config.actor_lr, config.critic_lr))
+    return small_batches(config).training(minibatch_size=64, segment_length=16, actor_lr=actor_lr, critic_lr=critic_lr)
+
+
+def _first(rate: LearningRateOrSchedule) -> float:
+    """The value of a rate or of its schedule at the start."""
+    return float(rate[0][1]) if isinstance(rate, (list, tuple)) else float(rate)
+
+
+def as_ppo(config: BLPOConfig) -> BLPOConfig:
+    """PPO by this project's update: shuffled single steps, advantages kept for the iteration and standardised, a single
+    critic step with the actor's rate, no correction. ``tests/test_advantages.py`` shows that the update is PPO's."""
+    return config.training(
+        hypergradient="none",
+        advantage_horizon="rollout",
+        advantage_refresh="iteration",
+        standardize_advantages=True,
+        segment_length=1,
+        num_critic_updates=1,
+        critic_lr=config.actor_lr,
+        adam_epsilon=1e-8,
     )
 
 
@@ -89,6 +120,13 @@ def _mujoco(env: str, num_critic_updates: int = 3, bound: float = 1.0, cross_cli
 
 TASKS: dict[str, Task] = {
     "acrobot": Task(lambda: _classic_control("Acrobot-v1"), stop_reward=-100.0, stop_timesteps=400_000),
+    # The reference has no settings of its own for the ant.
+    "ant": Task(
+        lambda: small_batches(_mujoco("Ant-v5")),
+        stop_reward=3000.0,
+        stop_timesteps=1_000_000,
+        has_small_batches=True,
+    ),
     "cartpole": Task(lambda: _classic_control("CartPole-v1"), stop_reward=475.0, stop_timesteps=500_000),
     "halfcheetah": Task(
         lambda: small_batches(_mujoco("HalfCheetah-v5", num_critic_updates=7, bound=1.4, cross_clip=0.7)),
@@ -114,8 +152,22 @@ TASKS: dict[str, Task] = {
         stop_timesteps=1_000_000,
         has_small_batches=True,
     ),
+    # Nor for this one; discounts and entropy bonus are those that PPO usually has on it.
+    "lunarlander": Task(
+        lambda: small_batches(_mujoco("LunarLander-v3")).training(gamma=0.999, lambda_=0.98, entropy_coeff=0.01),
+        stop_reward=240.0,
+        stop_timesteps=1_000_000,
+        has_small_batches=True,
+    ),
     "pusher": Task(lambda: _mujoco("Pusher-v5"), stop_reward=-45.0, stop_timesteps=1_000_000),
     "reacher": Task(lambda: _mujoco("Reacher-v5"), stop_reward=-6.0, stop_timesteps=1_000_000),
+    # A stroke pays off after hundreds of steps: at a discount of 0.99 no algorithm learns to swim.
+    "swimmer": Task(
+        lambda: small_batches(_mujoco("Swimmer-v5")).training(gamma=0.9999),
+        stop_reward=280.0,
+        stop_timesteps=1_000_000,
+        has_small_batches=True,
+    ),
     "walker2d": Task(
         lambda: small_batches(_mujoco("Walker2d-v5", num_critic_updates=3, bound=0.8, cross_clip=0.84)),
         stop_reward=4000.0,

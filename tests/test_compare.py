@@ -289,7 +289,9 @@ def test_all_tuned_tasks_are_compared():
 def test_examples_have_the_published_batches_as_an_option(task, monkeypatch):
     config = TASKS[task].config()
     seen = []
-    monkeypatch.setattr(command_line, "run_rllib_example_script_experiment", lambda config, *_, **__: seen.append(config))
+    monkeypatch.setattr(
+        command_line, "run_rllib_example_script_experiment", lambda config, *_, **__: seen.append(config)
+    )
     for options in ([], ["--published-batches"]):
         monkeypatch.setattr(sys, "argv", ["example", "--no-tune", *options])
         command_line.run_example(config.copy(), stop_reward=1.0, stop_timesteps=1, published=published_batches)

@@ -18,6 +18,12 @@ nested_small  nested_ppo with these batches
 ppo_small     ppo with these batches
 blpo_annealed blpo_small with an actor's learning rate that falls to 0 over the run's steps
 ppo_annealed  ppo_small with the same rate, its critic's too
+blpo_strong   blpo_small with minibatches of 64 steps, 4 segments of 16 from anywhere in the batch, and both rates
+              falling to 0 over the run's steps
+nested_strong the same without the hypergradient
+ppo_strong    PPO as CleanRL, Stable-Baselines3 and Tianshou set it up: minibatches of 64 shuffled steps, standardised
+              advantages, a rate of 3e-4 that falls to 0; computed by this project's update, whose settings make it PPO
+              (blpo_rllib.tasks.as_ppo), in half the time that RLlib's learner takes
 ppo_tuned     RLlib's PPO as RLlib publishes it for the task by name (rllib/examples/algorithms/ppo: CartPole, Hopper,
               Walker2d, HalfCheetah, Humanoid): its own networks, batches and rates, rewards as they are
 ============= ========================================================================================
@@ -56,7 +62,7 @@ from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLMod
 from blpo_rllib.sampling.env_runner import BatchedEnvRunner
 from blpo_rllib.sampling.envpool import PREFIX
 from blpo_rllib.tasks import TASKS as TUNED_TASKS
-from blpo_rllib.tasks import published_batches, small_batches
+from blpo_rllib.tasks import as_ppo, mixed_minibatches, published_batches, small_batches
 
 # A contestant's configuration, from the tuned example of the task.
 Contestant = Callable[[BLPOConfig], AlgorithmConfig]
@@ -72,6 +78,9 @@ TASKS = {
     "walker2d": MUJOCO_STEPS,
     "halfcheetah": MUJOCO_STEPS,
     "pusher": MUJOCO_STEPS,
+    "swimmer": MUJOCO_STEPS,
+    "ant": MUJOCO_STEPS,
+    "lunarlander": MUJOCO_STEPS,
     "humanoid": MUJOCO_STEPS,
 }
 CLASSIC = ("cartpole", "acrobot")
@@ -121,6 +130,7 @@ def ppo(config: BLPOConfig) -> PPOConfig:
             gamma=config.gamma,
             lambda_=config.lambda_,
             clip_param=config.clip_param,
+            entropy_coeff=config.entropy_coeff,
             num_epochs=config.num_epochs,
             train_batch_size_per_learner=config.train_batch_size_per_learner,
             minibatch_size=config.minibatch_size,
@@ -199,7 +209,12 @@ ANNEALED: dict[str, Contestant] = {
     f"{name}_annealed": lambda config, make=ALGORITHMS[name]: make(annealed(small_batches(config)))
     for name in ("blpo", "ppo")
 }
-NAMES = [*ALGORITHMS, *SMALL, *ANNEALED, "ppo_tuned"]
+STRONG: dict[str, Contestant] = {
+    "blpo_strong": mixed_minibatches,
+    "nested_strong": lambda config: mixed_minibatches(config).training(hypergradient="none"),
+    "ppo_strong": lambda config: as_ppo(mixed_minibatches(config)),
+}
+NAMES = [*ALGORITHMS, *SMALL, *ANNEALED, *STRONG, "ppo_tuned"]
 # Published for these by name.
 TUNED: dict[str, Contestant] = {"cartpole": ppo_tuned_classic} | dict.fromkeys(
     ("hopper", "walker2d", "halfcheetah", "humanoid"), ppo_tuned_mujoco
@@ -208,7 +223,7 @@ TUNED: dict[str, Contestant] = {"cartpole": ppo_tuned_classic} | dict.fromkeys(
 
 def contestants_of(task: str) -> dict[str, Contestant]:
     """Those that there are settings for, by name."""
-    return (ALGORITHMS if task in CLASSIC else PUBLISHED | SMALL | ANNEALED) | (
+    return (ALGORITHMS if task in CLASSIC else PUBLISHED | SMALL | ANNEALED | STRONG) | (
         {"ppo_tuned": TUNED[task]} if task in TUNED else {}
     )
 

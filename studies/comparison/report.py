@@ -71,13 +71,23 @@ HUES = (
     "tab:red",
     "tab:cyan",
     "tab:pink",
+    "black",
+    "tab:olive",
+    "tab:brown",
     "0.5",
 )
 COLORS = dict(zip(NAMES, HUES, strict=True))
 
 STANDINGS = {"above": "apart, the first above", "below": "apart, the first below", "overlap": "over each other"}
 # Whose intervals are compared in words: BLPO against PPO with the same batches, and its two batches.
-PAIRS = ((SUBJECT, BASELINE), ("blpo_small", "ppo_small"), ("blpo_small", SUBJECT), ("blpo_annealed", "ppo_annealed"))
+PAIRS = (
+    ("blpo_strong", "ppo_strong"),
+    ("blpo_strong", "nested_strong"),
+    (SUBJECT, BASELINE),
+    ("blpo_small", "ppo_small"),
+    ("blpo_small", SUBJECT),
+    ("blpo_annealed", "ppo_annealed"),
+)
 
 # Point, and the ends of its interval.
 Estimate = tuple[float, float, float]
