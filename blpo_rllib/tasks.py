@@ -51,8 +51,8 @@ def mixed_minibatches(config: BLPOConfig, steps: int = 1_000_000) -> BLPOConfig:
     """10 epochs of 32 minibatches of 4 segments of 16 steps out of 2,048, and rates that fall to 0 over ``steps``.
 
     PPO's usual sizes for a million steps, with minibatches that mix trajectories: on one stretch of 64 steps the
-    correction is noise. 3 nested steps in each, on all tasks: of an environment's step there are 25 times as many as with
-    the published batches.
+    correction is noise. 3 nested steps in each, on all tasks: there are 25 times as many minibatches as with the
+    published batches.
     """
     actor_lr, critic_lr = ([[0, _first(rate)], [steps, 0.0]] for rate in (config.actor_lr, config.critic_lr))
     return small_batches(config).training(
