@@ -32,7 +32,7 @@ test-chaos: $(STAMP)  ## ten minutes of faults
 	$(BIN)/python -m pytest -m chaos --capture=no
 
 report: $(STAMP)  ## the comparison's tables and figures from the runs in studies/comparison/results
-	$(BIN)/python -m studies.comparison.report --readme README.md
+	$(BIN)/python -m studies.comparison.report --page studies/comparison/README.md --readme README.md
 
 format: $(STAMP)  ## formats the code and mends what ruff can mend
 	$(BIN)/ruff format .
@@ -44,7 +44,7 @@ lint: $(STAMP)  ## format, lint and types, without changing anything
 	$(BIN)/mypy
 
 docs: $(STAMP)  ## the site in site/; a broken link or reference is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 build: $(STAMP)  ## wheel and source distribution in dist/
 	rm -rf build dist

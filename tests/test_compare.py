@@ -147,11 +147,16 @@ def test_runs_end_to_end_and_only_once(tmp_path):
     both = pd.read_parquet(output / "runs.parquet")
     assert set(both["algorithm"]) == {"blpo", "ppo"}
     pd.testing.assert_frame_equal(both[both["algorithm"] == "blpo"].reset_index(drop=True), first)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.report(output, readme)
-    assert readme.read_text().startswith(f"before\n{report.BEGIN}\nRuns of ")
-    assert readme.read_text().endswith(f"{report.END}\nafter\n")
+    page, readme = tmp_path / "page.md", tmp_path / "README.md"
+    for path in (page, readme):
+        path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.report(output, page, readme)
+    for path in (page, readme):
+        assert path.read_text().startswith(f"before\n{report.BEGIN}\nRuns of ")
+        assert path.read_text().endswith(f"{report.END}\nafter\n")
+        assert "| algorithm | tasks | seeds | final score |" in path.read_text()
+    assert "| task | algorithm |" in page.read_text()
+    assert "| task | algorithm |" not in readme.read_text()
     assert "hopper: blpo has 0 of 1 seeds" in (output / "report.md").read_text()
 
 
@@ -276,7 +281,7 @@ def test_partial_results_are_reported_bit_for_bit(tmp_path):
 def test_what_cannot_be_reported_says_why(tmp_path):
     with pytest.raises(ValueError, match="has no runs: run studies/comparison/compare.py"):
         report.report(tmp_path)
-    with pytest.raises(ValueError, match="the README needs <!-- compare:begin -->"):
+    with pytest.raises(ValueError, match="a page needs <!-- compare:begin -->"):
         report.between_markers("nothing here", "table")
 
 

@@ -1,7 +1,7 @@
 """Turns the runs of compare.py into a report: interquartile means, bootstrap intervals, figures and tables.
 
-    python -m studies.comparison.report --readme README.md       # the runs kept in this repository
-    python -m studies.comparison.report --results results/compare    # others, at any moment of the comparison
+    python -m studies.comparison.report --results results/compare    # at any moment of the comparison
+    python -m studies.comparison.report --page studies/comparison/README.md --readme README.md    # the runs kept here
 
 Reads every ``*.parquet`` in the folder, and writes ``report.md`` and figures beside them. What is missing is said and
 left out. Intervals are 95 % stratified bootstrap intervals over runs (rliable, Agarwal et al. 2021,
@@ -351,8 +351,13 @@ def origin_text(runs: Runs) -> str:
 ORIGIN = ("date", "machine", "python", "torch", "ray", "envpool", "mujoco", "simulator")
 
 
+def short_text(runs: Runs) -> str:
+    """What README.md shows: a row per algorithm, over all tasks."""
+    return f"{origin_text(runs)}\n\n{markdown(overall_table(runs))}"
+
+
 def summary_text(runs: Runs) -> str:
-    """What README.md shows."""
+    """What the comparison's page shows: rows and words per algorithm, over all tasks and on each."""
     missing = runs.missing()
     parts = [
         origin_text(runs),
@@ -425,11 +430,19 @@ FIGURES: dict[str, Callable[[Runs], Any]] = {
 }
 
 
-def report(folder: Path, readme: Path | None = None) -> list[Path]:
-    """Writes the figures and ``report.md`` into the folder, and the summary into the README.
+def report(folder: Path, page: Path | None = None, readme: Path | None = None) -> list[Path]:
+    """Writes the figures and ``report.md`` into the folder, the summary into a page, and its first table into another.
+
+    Args:
+        folder: The runs.
+        page: The file whose marked part the summary replaces.
+        readme: The file whose marked part the table over all tasks replaces.
+
+    Returns:
+        The files written.
 
     Raises:
-        ValueError: If there are no runs, or the README lacks the marker comments.
+        ValueError: If there are no runs, or a file lacks the marker comments.
     """
     tables = [pd.read_parquet(path) for path in sorted(folder.glob("*.parquet"))]
     if not tables:
@@ -449,9 +462,10 @@ def report(folder: Path, readme: Path | None = None) -> list[Path]:
     summary = summary_text(runs)
     written.append(folder / "report.md")
     write_whole(written[-1], f"# BLPO against PPO\n\n{summary}\n\n{images}\n\n## Missing\n\n{missing}\n")
-    if readme is not None:
-        write_whole(readme, between_markers(readme.read_text(), summary))
-        written.append(readme)
+    for path, text in ((page, summary), (readme, short_text(runs))):
+        if path is not None:
+            write_whole(path, between_markers(path.read_text(), text))
+            written.append(path)
     return written
 
 
@@ -464,17 +478,18 @@ def between_markers(text: str, inner: str) -> str:
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the README needs {BEGIN} and {END}, between which the summary goes")
+        raise ValueError(f"a page needs {BEGIN} and {END}, between which its part of the report goes")
     return f"{head}{BEGIN}\n{inner}\n{END}{tail}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, help="file whose marked part is replaced by the summary")
+    parser.add_argument("--page", type=Path, help="file whose marked part is replaced by the summary")
+    parser.add_argument("--readme", type=Path, help="file whose marked part is replaced by the table over all tasks")
     args = parser.parse_args()
     try:
-        for path in report(args.results, args.readme):
+        for path in report(args.results, args.page, args.readme):
             print(f"wrote {path}")
     except ValueError as error:
         sys.exit(str(error))
