@@ -99,15 +99,31 @@ def _classic_control(env: str) -> BLPOConfig:
 
 
 def _mujoco(env: str, num_critic_updates: int = 3, bound: float = 1.0, cross_clip: float = 1.0) -> BLPOConfig:
-    """The reference's settings for continuous control, on normalised observations and scaled rewards.
-
-    RLlib's MeanStdFilter normalises observations on the EnvRunners, the learner scales rewards; both statistics are
-    part of checkpoints. The arguments are N, b and ε_F, which the reference chose by task.
+    """:func:`_normalised` settings of a MuJoCo task.
 
     Raises:
         ImportError: If MuJoCo is not installed.
     """
     require("mujoco", "mujoco", env)
+    return _normalised(env, num_critic_updates, bound, cross_clip)
+
+
+def _box2d(env: str) -> BLPOConfig:
+    """:func:`_normalised` settings of a Box2D task.
+
+    Raises:
+        ImportError: If Box2D is not installed.
+    """
+    require("Box2D", "box2d", env)
+    return _normalised(env)
+
+
+def _normalised(env: str, num_critic_updates: int = 3, bound: float = 1.0, cross_clip: float = 1.0) -> BLPOConfig:
+    """The reference's settings for continuous control, on normalised observations and scaled rewards.
+
+    RLlib's MeanStdFilter normalises observations on the EnvRunners, the learner scales rewards; both statistics are
+    part of checkpoints. The arguments are N, b and ε_F, which the reference chose by task.
+    """
     return (
         BLPOConfig()
         .environment(env)
@@ -157,7 +173,7 @@ TASKS: dict[str, Task] = {
     ),
     # Nor for this one; discounts and entropy bonus are those that PPO usually has on it.
     "lunarlander": Task(
-        lambda: small_batches(_mujoco("LunarLander-v3")).training(gamma=0.999, lambda_=0.98, entropy_coeff=0.01),
+        lambda: small_batches(_box2d("LunarLander-v3")).training(gamma=0.999, lambda_=0.98, entropy_coeff=0.01),
         stop_reward=240.0,
         stop_timesteps=1_000_000,
         has_small_batches=True,

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # The distributions whose names differ from those of their modules.
-DISTRIBUTIONS = {"tree": "dm-tree", "yaml": "pyyaml", "griffe": "griffelib"}
+DISTRIBUTIONS = {"tree": "dm-tree", "yaml": "pyyaml", "griffe": "griffelib", "Box2D": "box2d"}
 # Clients that tests of cluster files use where they happen to be there, and skip otherwise.
 OPTIONAL = {"botocore"}
 
