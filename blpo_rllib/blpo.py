@@ -6,15 +6,17 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import pyarrow.fs
+from ray._common.deprecation import DEPRECATED_VALUE
 from ray.exceptions import RayActorError
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.algorithms.ppo.ppo import PPO, PPOConfig
+from ray.rllib.core.rl_module.apis import SelfSupervisedLossAPI, ValueFunctionAPI
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.annotations import override
@@ -25,17 +27,21 @@ from ray.train._internal.session import _TrainingResult
 from ray.tune import Checkpoint
 from ray.tune.result import TIME_TOTAL_S, TRAINING_ITERATION
 
-from blpo_rllib import checkpoints
+from blpo_rllib import checkpoints, ppo_settings
 from blpo_rllib.core.advantages import REFRESHES
 from blpo_rllib.core.curvature import CURVATURES, Curvature
 from blpo_rllib.core.hypergradient import CORRECTION_SAMPLES, CROSS_REDUCTIONS
 from blpo_rllib.core.ihvp import ConjugateGradient, Exact, IHVPSolver, Nystrom, ScaledIdentity
 from blpo_rllib.learning.players import RLModulePlayers, check_module_class
-from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
+from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule, adapted
 from blpo_rllib.sampling.env_runner import BatchedEnvRunner
 from blpo_rllib.sampling.envpool import check_task, envpool_task
 
 logger = logging.getLogger(__name__)
+
+# The reference's; BLPO chooses other minibatches where the batch is smaller.
+MINIBATCH_SIZE = 640
+ACTOR_LR = 3e-4
 
 _ENV_STEPS = (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME)
 
@@ -88,19 +94,19 @@ class BLPOConfig(PPOConfig):
         self.lambda_ = 0.95
         self.clip_param = 0.2
         self.num_epochs = 4
-        self.train_batch_size_per_learner = 20480
-        self.minibatch_size = 640
+        self.train_batch_size = 20480
+        self.minibatch_size = MINIBATCH_SIZE
         self.num_env_runners = 0
         self.num_envs_per_env_runner = 32
 
-        # PPO's, without meaning here.
+        # PPO's, with another meaning here or none: see blpo_rllib.ppo_settings.
         self.lr = None
         self.use_kl_loss = False
         self.vf_clip_param = None
 
         # BLPO's own.
-        self.actor_lr: LearningRateOrSchedule = 3e-4
-        self.critic_lr: LearningRateOrSchedule = 1.2e-3
+        self.actor_lr: LearningRateOrSchedule = ACTOR_LR
+        self.critic_lr: LearningRateOrSchedule = ppo_settings.CRITIC_RATE_FACTOR * ACTOR_LR
         self.adam_epsilon = 1e-5
         self.max_kl: float | None = None
         self.target_kl: float | None = None
@@ -125,6 +131,50 @@ class BLPOConfig(PPOConfig):
         self.exact_damping = 50.0
         self.scaled_identity_damping = 50.0
         self.native_kernels = True
+
+        # Names of the settings that somebody has set since, by whatever way.
+        self.set_by_user: frozenset[str] = frozenset()
+
+    @override(PPOConfig)
+    def __setattr__(self, key: str, value: Any) -> None:
+        if self._is_made and value != DEPRECATED_VALUE:
+            key = ppo_settings.RENAMED.get(key, key)
+        super().__setattr__(key, value)
+        self._note(key, value)
+
+    @override(PPOConfig)
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        self._note(key, value)
+
+    @property
+    def _is_made(self) -> bool:
+        return "set_by_user" in vars(self)
+
+    def _note(self, key: str, value: Any) -> None:
+        """Keeps account of what was set, and follows up the settings that stand for others."""
+        if not self._is_made or key in ("set_by_user", "_is_frozen"):
+            return
+        names = self.set_by_user | {key}
+        if key == "lr":
+            # Whatever was set last holds.
+            names -= {"actor_lr"}
+            object.__setattr__(self, "actor_lr", ACTOR_LR)
+        object.__setattr__(self, "set_by_user", names)
+        if key in ("kl_coeff", "kl_target") and value and "use_kl_loss" not in names:
+            object.__setattr__(self, "use_kl_loss", True)
+
+    @override(PPOConfig)
+    def update_from_dict(self, config_dict: Mapping[str, Any]) -> Self:
+        # A dict made of a whole config says which of its entries were set; others of it may have been changed since.
+        recorded, default = config_dict.get("set_by_user"), self.copy(copy_frozen=False)
+        # First, so that `actor_lr` beside it holds.
+        entries = sorted(config_dict.items(), key=lambda entry: entry[0] != "lr")
+        super().update_from_dict({key: value for key, value in entries if key != "set_by_user"})
+        if recorded is not None:
+            changed = {key for key, value in entries if _differs(value, getattr(default, key, None))}
+            self.set_by_user = default.set_by_user | recorded | (changed & self.set_by_user)
+        return self
 
     @override(PPOConfig)
     def training(
@@ -162,7 +212,9 @@ class BLPOConfig(PPOConfig):
 
         Args:
             actor_lr: Adam learning rate of the actor (the leader), > 0, or a schedule ``[[timestep, value], ...]``.
-            critic_lr: Adam learning rate of the critic (the follower), > 0, or a schedule.
+                PPO's ``lr`` stands for it where that was set last.
+            critic_lr: Adam learning rate of the critic (the follower), > 0, or a schedule. If only ``lr`` was set, it
+                is 4 times that.
             adam_epsilon: Adam's ε of both optimizers, > 0.
             max_kl: KL divergence from the policy that sampled, > 0, averaged over an epoch, at which that is the
                 iteration's last. None: all epochs, always.
@@ -208,8 +260,7 @@ class BLPOConfig(PPOConfig):
             native_kernels: Take perceptrons on a CPU through compiled kernels, built once per machine with g++ (without
                 one: a warning, and torch operations instead). They give way to ``torch_compile_learner``.
             **kwargs: PPO's and RLlib's own arguments. ``minibatch_size`` counts steps and should be a multiple of the
-                segment length; ``lr``, ``vf_clip_param``, ``vf_loss_coeff``, ``use_critic`` and ``use_gae`` have no
-                meaning here and are refused by :meth:`validate`.
+                segment length. :mod:`blpo_rllib.ppo_settings` says what becomes of each.
 
         Returns:
             This config.
@@ -236,9 +287,60 @@ class BLPOConfig(PPOConfig):
     def _model_config_auto_includes(self) -> dict[str, Any]:
         return super()._model_config_auto_includes | REFERENCE_MODEL_CONFIG
 
+    @override(PPOConfig)
+    def get_rl_module_spec(self, *args: Any, **kwargs: Any) -> RLModuleSpec:
+        spec = super().get_rl_module_spec(*args, **kwargs)
+        spec.model_config = adapted(spec.model_config, spec.action_space)
+        return spec
+
+    @override(PPOConfig)
+    def get_multi_rl_module_spec(self, **kwargs: Any) -> MultiRLModuleSpec:
+        multi_spec = super().get_multi_rl_module_spec(**kwargs)
+        for spec in multi_spec.rl_module_specs.values():
+            spec.model_config = adapted(spec.model_config, spec.action_space)
+        return multi_spec
+
+    @override(PPOConfig)
+    def get_config_for_module(self, module_id: str) -> Self:
+        if module_id not in self._per_module_overrides and any(self._overrides_of(module_id)):
+            self._per_module_overrides[module_id] = self._with_overrides(module_id)
+        return self._per_module_overrides.get(module_id, self)
+
+    def _overrides_of(self, module_id: str) -> list[dict[str, Any]]:
+        """A module's own settings, by both ways in which RLlib takes them; the last ones hold."""
+        policies = self.policies if isinstance(self.policies, dict) else {}
+        own = ppo_settings.policy_overrides(policies.get(module_id))
+        return [own, self.algorithm_config_overrides_per_module.get(module_id, {})]
+
+    def _with_overrides(self, module_id: str) -> Self:
+        config = self.copy(copy_frozen=False)
+        for overrides in self._overrides_of(module_id):
+            config.update_from_dict(overrides)
+        return config
+
+    def get_actor_lr(self) -> LearningRateOrSchedule:
+        """The actor's learning rate or schedule: ``actor_lr``, or ``lr`` where only that was set."""
+        return self.actor_lr if self.lr is None or "actor_lr" in self.set_by_user else self.lr
+
+    def get_critic_lr(self) -> LearningRateOrSchedule:
+        """The critic's learning rate or schedule: ``critic_lr``, or 4 times ``lr`` where only that was set."""
+        if self.lr is None or "critic_lr" in self.set_by_user:
+            return self.critic_lr
+        return ppo_settings.times(ppo_settings.CRITIC_RATE_FACTOR, self.lr)
+
     def get_segment_length(self) -> int:
-        """Steps per segment, with None resolved to the rollout fragment."""
-        return self.segment_length or self.get_rollout_fragment_length()
+        """Steps per segment, with None resolved: the rollout fragment, cut where minibatches are shorter."""
+        fragment = self.get_rollout_fragment_length()
+        return self.segment_length or min(fragment, self.minibatch_size or fragment)
+
+    def _choose_minibatch_size(self) -> None:
+        """The reference's minibatches; in a smaller batch those of the reference's kind, one fragment each."""
+        if "minibatch_size" in self.set_by_user or self.in_evaluation:
+            return
+        batch_size = self.train_batch_size_per_learner
+        fits = batch_size >= MINIBATCH_SIZE
+        size = MINIBATCH_SIZE if fits else min(batch_size, self.get_rollout_fragment_length())
+        object.__setattr__(self, "minibatch_size", size)
 
     def get_curvature(self) -> type[Curvature]:
         """The class that ``curvature`` names or is.
@@ -270,14 +372,86 @@ class BLPOConfig(PPOConfig):
 
     @override(PPOConfig)
     def validate(self) -> None:
+        self._choose_minibatch_size()
         super().validate()
         self._choose_env_runner()
         self._validate_envpool()
+        self._validate_learner_class()
+        for module_id, config in self._configs_by_module():
+            try:
+                config._validate_settings()
+            except ValueError as error:
+                raise ValueError(f"module {module_id!r}: {error}" if module_id else error) from None
+        self._validate_segments()
+        self._validate_modules()
+        if not self.in_evaluation:
+            for message in self._notices():
+                logger.warning("%s", message)
+
+    def _configs_by_module(self) -> Iterator[tuple[str | None, Self]]:
+        """This config, and that of each module with settings of its own."""
+        yield None, self
+        for module_id in sorted({*self.policies, *self.algorithm_config_overrides_per_module}):
+            if any(self._overrides_of(module_id)):
+                yield module_id, self._with_overrides(module_id)
+
+    def _validate_settings(self) -> None:
+        """What may differ between modules."""
         self._validate_ranges()
         self._validate_solver()
         self._validate_without_meaning()
-        self._validate_segments()
-        self._validate_modules()
+
+    def _notices(self) -> Iterator[str]:
+        """What the user should know about how settings were taken."""
+        known = vars(BLPOConfig()).keys() | {name for name in dir(type(self)) if not name.startswith("__")}
+        yield from ppo_settings.unknown_settings(self, set(known))
+        yield from self._size_notices()
+        yield from self._shared_layer_notices()
+        said: set[str] = set()
+        for module_id, config in self._configs_by_module():
+            for message in ppo_settings.notices(config):
+                if message not in said:
+                    said.add(message)
+                    yield message if module_id is None else f"module {module_id!r}: {message}"
+            own = [] if module_id is None else self._overrides_of(module_id)
+            if names := ppo_settings.for_all_modules({name for overrides in own for name in overrides}):
+                yield f"module {module_id!r}: {', '.join(names)} cannot differ between modules and is left aside"
+
+    def _size_notices(self) -> Iterator[str]:
+        if self.minibatch_size != MINIBATCH_SIZE and "minibatch_size" not in self.set_by_user:
+            yield (
+                f"minibatch_size={self.minibatch_size}, one rollout fragment, as the batch of "
+                f"{self.train_batch_size_per_learner} steps is smaller than the default of {MINIBATCH_SIZE}"
+            )
+        length, fragment = self.get_segment_length(), self.get_rollout_fragment_length()
+        if self.segment_length is None and length < fragment:
+            yield (
+                f"segment_length={length}, so that each minibatch of {self.minibatch_size} steps gets a whole segment "
+                f"(rollout fragments have {fragment} steps); advantages are bootstrapped at each segment's end. More "
+                "environments or larger minibatches make longer segments possible"
+            )
+
+    def _shared_layer_notices(self) -> Iterator[str]:
+        configs = {None: self.model_config}
+        for module_id, spec in self._specs_by_module():
+            if spec.model_config is not None:
+                configs[module_id] = spec._get_model_config()
+        for module_id, model_config in configs.items():
+            if model_config.get("vf_share_layers"):
+                of = "" if module_id is None else f" of module {module_id!r}"
+                yield (
+                    f"vf_share_layers=True in the model config{of} is left aside: BLPO's actor (leader) and critic "
+                    "(follower) are separate networks (DefaultModelConfig has it True unless told otherwise)"
+                )
+
+    def _validate_learner_class(self) -> None:
+        from blpo_rllib.learning.learner import BLPOTorchLearner
+
+        if not issubclass(self.learner_class, BLPOTorchLearner):
+            self._value_error(
+                f"learner_class={self.learner_class.__name__} does not run BLPO's update but its own: derive it from "
+                "blpo_rllib.learning.learner.BLPOTorchLearner, whose docstring says what can be overridden"
+            )
 
     def _choose_env_runner(self) -> None:
         """Batched sampling by default, where RLlib would take its single-agent EnvRunner."""
@@ -301,8 +475,7 @@ class BLPOConfig(PPOConfig):
             self._value_error(str(error))
 
     def _validate_ranges(self) -> None:
-        for name in ("actor_lr", "critic_lr"):
-            rate = getattr(self, name)
+        for name, rate in (("actor_lr", self.get_actor_lr()), ("critic_lr", self.get_critic_lr())):
             Scheduler.validate(fixed_value_or_schedule=rate, setting_name=name, description="learning rate")
             values = [value for _, value in rate] if isinstance(rate, (list, tuple)) else [rate]
             if not all(_is_number(value) and value >= 0 for value in values) or not any(values):
@@ -351,18 +524,14 @@ class BLPOConfig(PPOConfig):
             )
 
     def _validate_without_meaning(self) -> None:
-        for name, neutral, remedy in (
-            ("lr", None, "set actor_lr and critic_lr (the reference takes critic_lr = 4 * actor_lr)"),
-            ("use_critic", True, "BLPO needs the critic: leave it True"),
-            ("use_gae", True, "BLPO differentiates through GAE: leave it True"),
-            ("vf_loss_coeff", 1.0, "the critic has an optimizer of its own: set critic_lr"),
-            ("vf_clip_param", None, "the critic's loss is the plain squared error: leave it None"),
-            ("_torch_grad_scaler_class", None, "BLPO trains in one precision: leave it None"),
-            ("_torch_lr_scheduler_classes", None, "give actor_lr and critic_lr as schedules [[timestep, value], ...]"),
-            ("num_aggregator_actors_per_learner", 0, "BLPO packs segments on the learner: leave it 0"),
-        ):
-            if getattr(self, name) != neutral:
-                self._value_error(f"{name}={getattr(self, name)!r} has no meaning for BLPO: {remedy}")
+        for message in ppo_settings.refusals(self):
+            self._value_error(message)
+        for name, rate in (("actor_lr", self.get_actor_lr()), ("critic_lr", self.get_critic_lr())):
+            if self._torch_lr_scheduler_classes is not None and isinstance(rate, (list, tuple)):
+                self._value_error(
+                    f"{name}={rate!r} with _torch_lr_scheduler_classes: give rates as schedules [[timestep, value], "
+                    "...] or as torch schedulers, not both"
+                )
         if self.grad_clip is not None and self.grad_clip_by != "global_norm":
             self._value_error(
                 f"grad_clip_by={self.grad_clip_by!r} is not supported by BLPO: use 'global_norm' (per player)"
@@ -371,60 +540,92 @@ class BLPOConfig(PPOConfig):
     def _validate_segments(self) -> None:
         if self.segment_length is not None and (not isinstance(self.segment_length, int) or self.segment_length < 1):
             self._value_error(f"segment_length={self.segment_length!r} must be an integer >= 1, or None")
-        if self.minibatch_size is None:
+        if self.minibatch_size is None or self.in_evaluation:
             return
-        length, batch_size = self.get_segment_length(), self.train_batch_size_per_learner
-        num_segments, num_minibatches = max(1, batch_size // length), round(batch_size / self.minibatch_size)
+        length, batch_size = self.get_segment_length(), self._steps_per_learner()
+        num_segments, num_minibatches = max(1, round(batch_size / length)), round(batch_size / self.minibatch_size)
         if num_segments < num_minibatches:
             self._value_error(
                 f"minibatch_size={self.minibatch_size} makes {num_minibatches} minibatches of a batch of {batch_size} "
                 f"steps, but it holds only {num_segments} whole trajectory segments of {length} steps. Use "
-                f"minibatch_size={length} or more, or more environments (num_env_runners * num_envs_per_env_runner >= "
-                f"{num_minibatches}), or cut segments with segment_length={self.minibatch_size}"
+                f"minibatch_size={length} or more, or segment_length={self.minibatch_size} or less, or leave "
+                "segment_length unset"
             )
+
+    def _steps_per_learner(self) -> int:
+        """Steps that a batch holds: all EnvRunners sample whole fragments until there are enough."""
+        workers = range(1, self.num_env_runners + 1) if self.num_env_runners else [0]
+        sampled = self.num_envs_per_env_runner * sum(self.get_rollout_fragment_length(worker) for worker in workers)
+        rounds = -(-self.total_train_batch_size // sampled)
+        return rounds * sampled // (self.num_learners or 1)
 
     def _validate_modules(self) -> None:
+        for module_id, spec in self._specs_by_module():
+            self._validate_module(module_id, spec)
+
+    def _specs_by_module(self) -> Iterator[tuple[str, RLModuleSpec]]:
+        """The modules that are trained, as far as that can be known now."""
         spec = self.rl_module_spec
-        specs = spec.rl_module_specs if isinstance(spec, MultiRLModuleSpec) else {"default_policy": spec}
-        for module_id, module_spec in (specs or {}).items():
-            if callable(self.policies_to_train) or module_id in (self.policies_to_train or specs):
-                self._validate_module(module_id, module_spec)
+        if isinstance(spec, MultiRLModuleSpec):
+            specs = dict(spec.rl_module_specs)
+        else:
+            specs = dict.fromkeys(self.policies, spec)
+        for module_id, module_spec in specs.items():
+            if (
+                self.policies_to_train is None
+                or callable(self.policies_to_train)
+                or module_id in self.policies_to_train
+            ):
+                yield module_id, module_spec
 
     def _validate_module(self, module_id: str, spec: RLModuleSpec) -> None:
-        model_config = self.model_config if spec.model_config is None else spec.model_config
-        shared = isinstance(model_config, dict) and model_config.get("vf_share_layers")
-        if shared or getattr(model_config, "vf_share_layers", False):
-            self._value_error(
-                f"vf_share_layers=True in the model config of module {module_id!r}: BLPO's actor (leader) and critic "
-                "(follower) must be separate networks: set vf_share_layers=False (DefaultModelConfig sets it True)"
-            )
         try:
-            if spec.module_class is not None:
-                check_module_class(spec.module_class, module_id)
+            if spec.module_class is not None and not issubclass(spec.module_class, ValueFunctionAPI):
+                if not self._may_do_without_values(spec.module_class):
+                    check_module_class(spec.module_class, module_id)
+                return
             self._check_built_module(module_id, spec)
         except ValueError as error:
             self._value_error(str(error))
+
+    def _may_do_without_values(self, module_class: type) -> bool:
+        """Whether a module without value function may be left untrained, or be trained by another loss than BLPO's."""
+        return (
+            callable(self.policies_to_train)
+            or issubclass(module_class, SelfSupervisedLossAPI)
+            or self.learner_class.has_loss_of_its_own()
+        )
 
     def _check_built_module(self, module_id: str, spec: RLModuleSpec) -> None:
         """Builds the module where its spaces are known already, to find out what only its parameters tell.
 
         Without spaces the same checks run when the learner is built, before any training.
         """
-        observation_space = spec.observation_space or self.observation_space
-        action_space = spec.action_space or self.action_space
+        policy = self.policies.get(module_id) if isinstance(self.policies, dict) else None
+        spaces = [spec, policy] if self.is_multi_agent else [spec, policy, self]
+        observation_space, action_space = (
+            next((space for x in spaces if (space := getattr(x, name, None)) is not None), None)
+            for name in ("observation_space", "action_space")
+        )
         solver = self.get_ihvp_solver()
         if observation_space is None or action_space is None:
             return
+        own = {} if spec.model_config is None else spec._get_model_config()
         module = RLModuleSpec(
             module_class=spec.module_class or BLPOTorchRLModule,
             observation_space=observation_space,
             action_space=action_space,
-            model_config=self.model_config if spec.model_config is None else spec.model_config,
+            model_config=adapted(self.model_config | own, action_space),
             catalog_class=spec.catalog_class,
         ).build()
         players = RLModulePlayers(module, module_id)
         if solver is not None:
             solver.check_size(sum(p.numel() for p in players.critic_parameters))
+
+
+def _differs(value: Any, default: Any) -> bool:
+    plain = (bool, int, float, str, list, tuple, type(None))
+    return isinstance(value, plain) and isinstance(default, plain) and value != default
 
 
 def _is_number(value: Any) -> bool:

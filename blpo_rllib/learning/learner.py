@@ -55,6 +55,11 @@ class BLPOTorchLearner(PPOTorchLearner):
     whole), and ``_update`` runs all epochs on it, on the device.
     """
 
+    @classmethod
+    def has_loss_of_its_own(cls) -> bool:
+        """Whether a subclass computes a loss."""
+        return cls.compute_loss_for_module is not BLPOTorchLearner.compute_loss_for_module
+
     @override(Learner)
     def build(self) -> None:
         # The players are made in `configure_optimizers_for_module`, which `super().build()` calls.
@@ -91,8 +96,8 @@ class BLPOTorchLearner(PPOTorchLearner):
             solver.check_size(sum(p.numel() for p in players.critic_parameters))
         optimizers = {}
         for name, parameters, lr in (
-            (ACTOR_OPTIMIZER, players.actor_parameters, config.actor_lr),
-            (CRITIC_OPTIMIZER, players.critic_parameters, config.critic_lr),
+            (ACTOR_OPTIMIZER, players.actor_parameters, config.get_actor_lr()),
+            (CRITIC_OPTIMIZER, players.critic_parameters, config.get_critic_lr()),
         ):
             # The update steps it through AdamSteps; fused, so that the state it keeps is that of the kernel used there.
             optimizers[name] = torch.optim.Adam(parameters, eps=config.adam_epsilon, fused=True)

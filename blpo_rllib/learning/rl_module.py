@@ -29,6 +29,17 @@ REFERENCE_MODEL_CONFIG: dict[str, Any] = {
 }
 
 
+def adapted(model_config: dict[str, Any], action_space: gym.Space | None) -> dict[str, Any]:
+    """A model config without what BLPO, or a module with these actions, can make nothing of.
+
+    Actor and critic are separate networks, and a log-std belongs to continuous actions alone.
+    """
+    changes: dict[str, Any] = {"vf_share_layers": False}
+    if action_space is not None and not isinstance(action_space, gym.spaces.Box):
+        changes["free_log_std"] = False
+    return {**model_config, **changes}
+
+
 class BLPOCatalog(PPOCatalog):
     """PPO's catalog with orthogonal heads.
 
@@ -64,8 +75,8 @@ class BLPOTorchRLModule(DefaultPPOTorchRLModule):
     """
 
     def __init__(self, *, action_space: gym.Space, model_config: Any, catalog_class: type | None = None, **kwargs: Any):
-        if isinstance(model_config, dict) and not isinstance(action_space, gym.spaces.Box):
-            model_config = {**model_config, "free_log_std": False}
+        if isinstance(model_config, dict):
+            model_config = adapted(model_config, action_space)
         super().__init__(
             action_space=action_space, model_config=model_config, catalog_class=catalog_class or BLPOCatalog, **kwargs
         )
