@@ -432,16 +432,16 @@ class BLPOConfig(PPOConfig):
             )
 
     def _shared_layer_notices(self) -> Iterator[str]:
-        configs = {None: self.model_config}
-        for module_id, spec in self._specs_by_module():
-            if spec.model_config is not None:
-                configs[module_id] = spec._get_model_config()
-        for module_id, model_config in configs.items():
+        of_modules = {
+            f" of module {module_id!r}": spec._get_model_config()
+            for module_id, spec in self._specs_by_module()
+            if spec.model_config is not None
+        }
+        for of_module, model_config in {"": self.model_config, **of_modules}.items():
             if model_config.get("vf_share_layers"):
-                of = "" if module_id is None else f" of module {module_id!r}"
                 yield (
-                    f"vf_share_layers=True in the model config{of} is left aside: BLPO's actor (leader) and critic "
-                    "(follower) are separate networks (DefaultModelConfig has it True unless told otherwise)"
+                    f"vf_share_layers=True in the model config{of_module} is left aside: BLPO's actor (leader) and "
+                    "critic (follower) are separate networks (DefaultModelConfig has it True unless told otherwise)"
                 )
 
     def _validate_learner_class(self) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
@@ -117,6 +118,7 @@ PER_MODULE = {
     *("lr", "actor_lr", "critic_lr", "adam_epsilon", "num_critic_updates", "segment_length", "grad_clip"),
     *("gamma", "lambda_", "clip_param", "entropy_coeff", "use_kl_loss", "kl_coeff", "kl_target"),
     *("hypergradient", "curvature", "hypergradient_bound", "cross_clip_param", "cross_reduction"),
+    *("correction_sample", "advantage_horizon", "advantage_refresh", "standardize_advantages", "max_kl", "target_kl"),
     *("nystrom_rank", "nystrom_damping", "nystrom_core_shift", "nystrom_redraw", "cg_iterations", "cg_damping"),
     *("exact_damping", "scaled_identity_damping", "learner_config_dict"),
     # With a notice of their own.
@@ -187,13 +189,13 @@ def _without_effect(config: BLPOConfig) -> list[str]:
                 f"it belongs to hypergradient={solver!r}"
             )
     if config.hypergradient == "none":
-        correction = ("curvature", "hypergradient_bound", "cross_clip_param", "cross_reduction")
+        correction = ("curvature", "hypergradient_bound", "cross_clip_param", "cross_reduction", "correction_sample")
         if idle := [name for name in correction if name in config.set_by_user]:
             found.append(f'{_assignments(config, idle)} has no effect with hypergradient="none", nested PPO')
     return found
 
 
-def _assignments(config: BLPOConfig, names: list[str]) -> str:
+def _assignments(config: BLPOConfig, names: Sequence[str]) -> str:
     return ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from episodes import OBS_SIZE, episode, mixed_episodes
+from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.training_data import TrainingData
 from test_gae import loop_advantages
@@ -210,3 +211,28 @@ def test_batches_without_segments_and_offline_data_are_refused():
     module_config = learner.config
     with pytest.raises(ValueError, match="holds no segments.*PackSegments"):
         learner._segment_batch("default_policy", {Columns.OBS: None}, module_config)
+
+
+def test_result_keys_of_ppo_with_their_values():
+    """Every key that PPO's learner reports is there, and means the same."""
+    episodes = mixed_episodes(np.random.default_rng(0))
+    arguments = {"minibatch_size": 64, "num_epochs": 1, "timesteps": {}}
+    c = config(lr=1e-3, entropy_coeff=0.01, use_kl_loss=True)
+    ppo = PPOConfig().environment(observation_space=c.observation_space, action_space=c.action_space)
+    ppo.training(lr=1e-3, entropy_coeff=0.01, grad_clip=None)
+    expected = ppo.build_learner().update(episodes=copy.deepcopy(episodes), **arguments)["default_policy"]
+    penalised = c.build_learner().update(episodes=copy.deepcopy(episodes), **arguments)["default_policy"]
+    assert not expected.keys() - penalised.keys()
+    plain = config(entropy_coeff=0.01).build_learner().update(episodes=episodes, **arguments)["default_policy"]
+    assert not expected.keys() - plain.keys()
+
+    def values(results):
+        return {name: float(results[name].peek()) for name in ("total_loss", "policy_loss", "vf_loss", "entropy")}
+
+    assert penalised["default_optimizer_learning_rate"].peek() == penalised["actor_learning_rate"].peek() == 1e-3
+    for results, penalty in ((penalised, 0.2 * float(penalised["mean_kl_loss"].peek())), (plain, 0.0)):
+        x = values(results)
+        assert x["total_loss"] == pytest.approx(x["policy_loss"] + x["vf_loss"] - 0.01 * x["entropy"] + penalty)
+        assert results["vf_loss_unclipped"].peek() == results["vf_loss"].peek()
+    assert (plain["mean_kl_loss"].peek(), plain["curr_kl_coeff"].peek()) == (0.0, 0.0)
+    assert round(float(penalised["curr_kl_coeff"].peek()), 6) in (0.1, 0.2, 0.3)

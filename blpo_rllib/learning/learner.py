@@ -6,7 +6,7 @@ import copy
 import functools
 import logging
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -16,7 +16,7 @@ from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
 from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.connectors.learner import GeneralAdvantageEstimation
 from ray.rllib.core.columns import Columns
-from ray.rllib.core.learner.learner import Learner
+from ray.rllib.core.learner.learner import DEFAULT_OPTIMIZER, LR_KEY, Learner
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
@@ -41,6 +41,7 @@ ACTOR_OPTIMIZER = "actor"
 CRITIC_OPTIMIZER = "critic"
 COMPONENT_BILEVEL = "bilevel"
 COMPONENT_LEARNER_CONNECTOR = "learner_connector"
+COMPONENT_LR_SCHEDULERS = "lr_schedulers"
 
 # A compiled update is compiled anew for each shape: slots per segment are rounded up to keep their number small.
 COMPILED_WIDTH_MULTIPLE = 32
@@ -108,6 +109,7 @@ class BLPOTorchLearner(PPOTorchLearner):
                 params=parameters,
                 lr_or_lr_schedule=lr,
             )
+        self._make_lr_schedulers(module_id)
         self._bilevel_updates[module_id] = BilevelUpdate(
             players,
             optimizers[ACTOR_OPTIMIZER],
@@ -120,6 +122,19 @@ class BLPOTorchLearner(PPOTorchLearner):
             self._compile,
             self._kernels,
         )
+
+    def _make_lr_schedulers(self, module_id: str) -> None:
+        """Torch's schedulers, for both optimizers; RLlib makes its own where it applies gradients."""
+        makers = self.config._torch_lr_scheduler_classes
+        makers = makers.get(module_id) if isinstance(makers, dict) else makers
+        if not makers:
+            return
+        self._lr_schedulers[module_id] = {}
+        for name in self._module_optimizers[module_id]:
+            optimizer = self.get_optimizer(module_id, name)
+            self._lr_schedulers[module_id][name] = [make(optimizer) for make in makers]
+            # Updates step it through AdamSteps, of which torch's check for steps before the scheduler's knows nothing.
+            optimizer._opt_called = True
 
     @property
     def _kernels(self) -> Kernels | None:
@@ -223,21 +238,32 @@ class BLPOTorchLearner(PPOTorchLearner):
         for module_id, module_batch in sorted(batch.items()):
             config = self.config.get_config_for_module(module_id)
             segments = self._segment_batch(module_id, module_batch, config)
+            settings = self._settings(module_id, config)
             metrics = self._bilevel_updates[module_id].run(
                 segments,
                 self._plans[module_id].num_minibatches,
-                self._settings(module_id, config),
+                settings,
                 self._rollouts(module_batch, segments, config),
             )
             if any(metrics[name] for name in Counts._fields):
                 logger.warning(
                     "module %r met non-finite numbers in this update, which were left out: %s", module_id, metrics
                 )
+            losses[module_id] = _total_loss(metrics, settings.leader)
+            # PPO's names: the critic's loss is never clipped, and without a penalty its coefficient is 0.
+            metrics["vf_loss_unclipped"] = metrics["vf_loss"]
             if not config.use_kl_loss:
-                del metrics["mean_kl_loss"]
+                metrics["curr_kl_coeff"] = 0.0
             self.metrics.log_dict(metrics, key=module_id, window=1)
-            losses[module_id] = metrics["policy_loss"] + metrics["vf_loss"]
         return {}, losses, {}
+
+    @override(PPOTorchLearner)
+    def after_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
+        super().after_gradient_based_update(timesteps=timesteps)
+        for module_id in self._bilevel_updates:
+            # What PPO's only optimizer is called; here the actor's.
+            lr = self._get_optimizer_lr(self.get_optimizer(module_id, ACTOR_OPTIMIZER))
+            self.metrics.log_value((module_id, f"{DEFAULT_OPTIMIZER}_{LR_KEY}"), lr, window=1)
 
     def _segment_batch(self, module_id: str, columns: dict[str, Any], config: Any) -> SegmentBatch:
         if SEGMENT_STEP not in columns:
@@ -316,6 +342,12 @@ class BLPOTorchLearner(PPOTorchLearner):
         ):
             # RLlib does not keep the learner pipeline's state; the reward scale and users' own connectors have some.
             state[COMPONENT_LEARNER_CONNECTOR] = self._learner_connector.get_state()
+        if self._lr_schedulers and self._check_component(COMPONENT_LR_SCHEDULERS, components, not_components):
+            # Nor that of torch's schedulers.
+            state[COMPONENT_LR_SCHEDULERS] = {
+                module_id: {name: [x.state_dict() for x in schedulers] for name, schedulers in by_optimizer.items()}
+                for module_id, by_optimizer in self._lr_schedulers.items()
+            }
         return state
 
     @override(Learner)
@@ -324,5 +356,16 @@ class BLPOTorchLearner(PPOTorchLearner):
         for module_id, update_state in state.get(COMPONENT_BILEVEL, {}).items():
             if module_id in self._bilevel_updates:
                 self._bilevel_updates[module_id].set_state(update_state)
+        for module_id, by_optimizer in state.get(COMPONENT_LR_SCHEDULERS, {}).items():
+            for name, scheduler_states in by_optimizer.items():
+                schedulers = self._lr_schedulers.get(module_id, {}).get(name, [])
+                for scheduler, scheduler_state in zip(schedulers, scheduler_states, strict=False):
+                    scheduler.load_state_dict(scheduler_state)
         if self._learner_connector is not None and COMPONENT_LEARNER_CONNECTOR in state:
             self._learner_connector.set_state(state[COMPONENT_LEARNER_CONNECTOR])
+
+
+def _total_loss(metrics: Mapping[str, float], leader: LeaderLoss) -> float:
+    """PPO's total loss, with the value loss at full weight."""
+    penalties = (leader.kl_coeff or 0.0) * metrics["mean_kl_loss"] - leader.entropy_coeff * metrics["entropy"]
+    return metrics["policy_loss"] + penalties + metrics["vf_loss"]
