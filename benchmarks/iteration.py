@@ -27,6 +27,7 @@ from ray.rllib.connectors.env_to_module import MeanStdFilter
 
 from blpo_rllib import BLPOConfig
 from blpo_rllib.experiments.provenance import provenance
+from blpo_rllib.learning.learner import BLPOTorchLearner
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG
 
 BASELINE = "rllib_ppo"
@@ -109,7 +110,9 @@ class Stopwatch:
         self.seconds: dict[str, float] = defaultdict(float)
         learner = algo.learner_group._learner
         algo.env_runner.sample = self._timed("sampling", algo.env_runner.sample)
-        learner._make_batch_if_necessary = self._timed("connectors", learner._make_batch_if_necessary)
+        # BLPO's learner and RLlib's name differently what turns episodes into a train batch.
+        name = "build_train_batch" if isinstance(learner, BLPOTorchLearner) else "_make_batch_if_necessary"
+        setattr(learner, name, self._timed("connectors", getattr(learner, name)))
         learner.update = self._timed("learner", learner.update)
 
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:

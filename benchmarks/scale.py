@@ -21,12 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ray.rllib.core.learner.training_data import TrainingData
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.update_phase import SHAPES, configure, measure, random_episodes, time_round
+from benchmarks.update_phase import SHAPES, configure, measure, random_episodes, time_round, train_batch
 from blpo_rllib import BLPOConfig
 from blpo_rllib.core import native
 from blpo_rllib.core.curvature import CriticLoss, Hessian
@@ -84,8 +83,7 @@ def update_memory(point: Point, device: str) -> dict[str, float]:
     """The peak of one update phase of BLPO, MB."""
     shape = point.shape()
     learner = configure(BLPOConfig(), shape, device, nystrom_rank=point.rank).build_learner()
-    learner._minibatch_size = shape.length
-    batch = learner._make_batch_if_necessary(TrainingData(episodes=random_episodes(shape, seed=0)))
+    batch = train_batch(learner, random_episodes(shape, seed=0), shape)
     time_round(learner, batch, shape)
     return {"peak_mb": round(peak_rise(lambda: time_round(learner, batch, shape) and None, device) / 1e6, 1)}
 

@@ -27,7 +27,6 @@ from typing import Any
 
 import ray
 import torch
-from ray.rllib.core.learner.training_data import TrainingData
 from rich.console import Console
 from rich.table import Table
 
@@ -123,9 +122,8 @@ def time_update(learner: Any, share: int) -> dict[str, float]:
     torch.set_num_threads(1)
     episodes = random_episodes(SHAPE, seed=0)[learner._reduction.rank :: share]
     minibatch_size = SHAPE.num_envs * SHAPE.length // share // NUM_MINIBATCHES
-    learner._minibatch_size = minibatch_size
     start = time.perf_counter()
-    batch = learner._make_batch_if_necessary(TrainingData(episodes=episodes))
+    batch = learner.build_train_batch(episodes, minibatch_size)
     connected = time.perf_counter()
     before = getattr(learner._reduction, "calls", 0), getattr(learner._reduction, "bytes", 0)
     learner.update(batch=batch, minibatch_size=minibatch_size, num_epochs=1, timesteps={})

@@ -10,7 +10,6 @@ ratios printed are medians over rounds of one run.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import time
@@ -23,9 +22,11 @@ from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.policy.sample_batch import MultiAgentBatch
 
 from blpo_rllib import BLPOConfig
 from blpo_rllib.experiments.provenance import provenance
+from blpo_rllib.learning.learner import BLPOTorchLearner
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG
 
 
@@ -112,10 +113,17 @@ def random_episodes(shape: Shape, seed: int) -> list[SingleAgentEpisode]:
     return episodes
 
 
+def train_batch(learner, episodes: list[SingleAgentEpisode], shape: Shape) -> MultiAgentBatch:
+    """What a learner's connectors make of episodes."""
+    if isinstance(learner, BLPOTorchLearner):
+        return learner.build_train_batch(episodes, shape.length, shape.num_epochs)
+    # RLlib's learners have no public function for it.
+    return learner._make_batch_if_necessary(TrainingData(episodes=episodes))
+
+
 def time_round(learner, batch, shape: Shape) -> float:
     """Milliseconds per minibatch of one update phase."""
     synchronize = torch.cuda.synchronize if learner.device.type == "cuda" else lambda: None
-    batch = batch.copy()
     synchronize()
     start = time.perf_counter()
     learner.update(
@@ -134,10 +142,7 @@ def measure(shape: Shape, rank: int, device: str, rounds: int, warmup: int, comp
     by_name = learners(shape, rank, device, compiled)
     batches, first_update, milliseconds = {}, {}, {name: [] for name in by_name}
     for name, learner in by_name.items():
-        if name != "rllib_ppo":
-            learner._minibatch_size = shape.length
-        episodes = copy.deepcopy(random_episodes(shape, seed=0))
-        batches[name] = learner._make_batch_if_necessary(TrainingData(episodes=episodes))
+        batches[name] = train_batch(learner, random_episodes(shape, seed=0), shape)
         first_update[name] = time_round(learner, batches[name], shape) * shape.num_minibatches / 1e3
     for round_ in range(warmup + rounds):
         for name, learner in by_name.items():

@@ -11,7 +11,7 @@ from problems import SmallPlayers, compiled_kernels, critic_loss, flat_obs, rand
 from ray.rllib.core.columns import Columns
 from ray.rllib.utils.postprocessing.value_predictions import compute_value_targets
 from test_hypergradient import actor_of
-from test_learner import config, segments_of
+from test_learner import config
 from test_update import SETTINGS, make, twins
 
 from blpo_rllib.core.advantages import AdvantageRule, anchored, full_advantages
@@ -49,18 +49,10 @@ def packed(length, native_kernels=True):
     """Segments of ``length`` steps of random episodes, with their learner, values and rollouts."""
     learner = config(segment_length=length, advantage_horizon="rollout", native_kernels=native_kernels).build_learner()
     episodes = mixed_episodes(np.random.default_rng(length))
-    batches = []
-    original = learner._segment_batch
-
-    def keep(module_id, columns, module_config):
-        batches.append(columns)
-        return original(module_id, columns, module_config)
-
-    learner._segment_batch = keep
-    segments = segments_of(learner, episodes, minibatch_size=length if length < 50 else None)
+    batch = learner.build_train_batch(copy.deepcopy(episodes), length if length < 50 else None)
+    part = batch.policy_batches["default_policy"]
     players = learner._bilevel_updates["default_policy"]._players
-    rollouts = learner._rollouts(batches[0], segments, learner.config)
-    return episodes, segments, rollouts, lambda obs: players.critic(obs).values
+    return episodes, part.segments, part.rollouts, lambda obs: players.critic(obs).values
 
 
 @pytest.mark.parametrize("native_kernels", [True, False], ids=["kernels", "torch"])

@@ -15,7 +15,7 @@ from scipy.stats import trim_mean
 
 from blpo_rllib import BLPOConfig
 from blpo_rllib.experiments import command_line
-from blpo_rllib.learning.connectors import RewardScale
+from blpo_rllib.learning.connectors import DivideRewards, RewardScale
 from blpo_rllib.tasks import TASKS, published_batches
 from studies.comparison import compare as compare_script
 from studies.comparison import contestants, report
@@ -92,7 +92,7 @@ def test_networks_and_normalisation_of_ppo_are_those_of_blpo():
         np.testing.assert_allclose(scaled[scaled != 0], rewards / scale.scale("default_policy"), rtol=1e-5)
         assert scale.scale("default_policy") != 1.0
         names = [type(c) for c in theirs._learner_connector.connectors]
-        assert names.index(contestants.DivideRewards) == names.index(GeneralAdvantageEstimation) - 1
+        assert names.index(DivideRewards) == names.index(GeneralAdvantageEstimation) - 1
     finally:
         blpo.stop()
         ppo.stop()

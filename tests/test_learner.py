@@ -9,7 +9,6 @@ import torch
 from episodes import OBS_SIZE, episode, mixed_episodes
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.columns import Columns
-from ray.rllib.core.learner.training_data import TrainingData
 from test_gae import loop_advantages
 
 from blpo_rllib import BLPOConfig
@@ -31,10 +30,8 @@ def config(**training):
 
 
 def segments_of(learner, episodes, minibatch_size=64):
-    learner._minibatch_size = minibatch_size
-    batch = learner._make_batch_if_necessary(TrainingData(episodes=copy.deepcopy(episodes)))
-    module_config = learner.config.get_config_for_module("default_policy")
-    return learner._segment_batch("default_policy", batch.policy_batches["default_policy"], module_config)
+    batch = learner.build_train_batch(copy.deepcopy(episodes), minibatch_size)
+    return batch.policy_batches["default_policy"].segments
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -204,13 +201,27 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_batch_built_beforehand_trains_as_its_episodes_do():
+    rng = np.random.default_rng(0)
+    episodes = [episode(60, rng, id_=f"e{i}") for i in range(4)]
+    states = []
+    for beforehand in (False, True):
+        learner = config(normalize_rewards=True).build_learner()
+        data = {"episodes": copy.deepcopy(episodes)}
+        if beforehand:
+            data = {"batch": learner.build_train_batch(copy.deepcopy(episodes), minibatch_size=64, num_epochs=2)}
+        results = learner.update(**data, minibatch_size=64, num_epochs=2, timesteps={})
+        assert results["default_policy"]["num_module_steps_trained"].peek() == 2 * 240
+        states.append(learner.get_state(not_components="metrics_logger"))
+    assert_equal(*states)
+
+
 def test_batches_without_segments_and_offline_data_are_refused():
     learner = config().build_learner()
     with pytest.raises(ValueError, match="on-policy"):
         learner.update(data_iterators=[object()], minibatch_size=64)
-    module_config = learner.config
     with pytest.raises(ValueError, match="holds no segments.*PackSegments"):
-        learner._segment_batch("default_policy", {Columns.OBS: None}, module_config)
+        learner._segment_batch("default_policy", {Columns.OBS: None})
 
 
 def test_result_keys_of_ppo_with_their_values():

@@ -1,4 +1,4 @@
-"""Learner connectors: from RLlib episodes to trajectory segments, and the running scale of rewards."""
+"""Learner connectors: they turn RLlib episodes into trajectory segments and normalise rewards."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import tree
 from ray.rllib.connectors.connector_v2 import ConnectorV2
+from ray.rllib.connectors.learner import GeneralAdvantageEstimation, LearnerConnectorPipeline
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.utils.annotations import override
@@ -18,10 +19,15 @@ from scipy.signal import lfilter
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentPlan, layout_segments
 
-# Columns that PackSegments adds, [M, S]: see blpo_rllib.core.segments.SegmentLayout.
+# What PackSegments adds to a module's columns: tensors [M, S], see core.segments.SegmentLayout, and a number.
 SEGMENT_INDEX = "segment_index"
 SEGMENT_STEP = "segment_step"
 SEGMENT_CONTINUES = "segment_continues"
+NUM_MINIBATCHES = "num_minibatches"
+
+# The key under which PackSegments finds the steps per minibatch among the data that connectors share; None for a single
+# minibatch.
+MINIBATCH_SIZE = "minibatch_size"
 
 _COLUMNS = (
     Columns.OBS,
@@ -36,18 +42,20 @@ _COLUMNS = (
 class PackSegments(ConnectorV2):
     """Turns a flat batch of episodes into trajectory segments, [n, ...] into [M, S, ...] per column and module.
 
-    Stands at the end of the learner pipeline, behind RLlib's ``AddOneTsToEpisodesAndTruncate``, which appends to every
-    episode or fragment its last observation and marks it False in the loss mask.
+    The connector ends the learner pipeline. It needs RLlib's ``AddOneTsToEpisodesAndTruncate`` before it, which appends
+    to every episode or fragment its last observation and marks it False in the loss mask. The minibatch size reaches
+    the connector under :data:`MINIBATCH_SIZE` in ``shared_data``.
 
     Args:
-        plan: Maps the number of steps by module ID to a plan for each module that has steps on any learner.
+        plan: Maps the number of steps by module ID and the minibatch size to a plan for each module that has steps on
+            any learner.
         blank: Maps a module's ID to the columns of a single item that is no step, for a learner without a step of it.
         width_multiple: S is rounded up to a multiple of this.
     """
 
     def __init__(
         self,
-        plan: Callable[[dict[str, int]], dict[str, SegmentPlan]],
+        plan: Callable[[dict[str, int], int | None], dict[str, SegmentPlan]],
         blank: Callable[[str], dict[str, Any]],
         width_multiple: int = 1,
     ):
@@ -55,12 +63,13 @@ class PackSegments(ConnectorV2):
         self._plan, self._blank, self._width_multiple = plan, blank, width_multiple
 
     @override(ConnectorV2)
-    def __call__(self, *, batch: dict[str, Any], **kwargs: Any) -> Any:
+    def __call__(self, *, batch: dict[str, Any], shared_data: dict[str, Any], **kwargs: Any) -> Any:
         is_step = {
             module_id: columns[Columns.LOSS_MASK].cpu().numpy().astype(bool) for module_id, columns in batch.items()
         }
+        num_steps = {module_id: int(x.sum()) for module_id, x in is_step.items()}
         packed = {}
-        for module_id, plan in self._plan({k: int(x.sum()) for k, x in is_step.items()}).items():
+        for module_id, plan in self._plan(num_steps, shared_data[MINIBATCH_SIZE]).items():
             columns = batch[module_id] if plan.num_segments else self._blank(module_id)
             packed[module_id] = self._pack(columns, is_step.get(module_id, np.zeros(1, bool)), plan)
         batch.clear()
@@ -76,6 +85,7 @@ class PackSegments(ConnectorV2):
         packed[SEGMENT_INDEX] = index
         packed[SEGMENT_STEP] = torch.as_tensor(layout.step, device=device)
         packed[SEGMENT_CONTINUES] = torch.as_tensor(layout.continues, device=device)
+        packed[NUM_MINIBATCHES] = plan.num_minibatches
         return packed
 
 
@@ -109,11 +119,12 @@ class _Fragment:
 
 
 class RewardScale(ConnectorV2):
-    r"""Measures the running standard deviation of the discounted return, by which the learner divides rewards.
+    r"""Measures the running standard deviation of the discounted return, for :class:`DivideRewards`.
 
     The statistic is that of :math:`R_t = \gamma R_{t-1} + r_t` over all steps seen by a module, R starting at 0 with
-    each episode and going on across the fragments of one. Episodes are left as they are, so the returns in the metrics
-    stay those of the environment. Stands at the start of the learner pipeline.
+    each episode and going on across the fragments of one. The connector starts the learner pipeline, because RLlib's
+    next one renames the episodes and marks fragments as truncated. It leaves episodes as they are, so the returns in
+    the metrics stay those of the environment.
 
     Args:
         gamma: Discount of R, in [0, 1].
@@ -176,3 +187,38 @@ class RewardScale(ConnectorV2):
     def set_state(self, state: dict[str, Any]) -> None:
         self._moments = {k: np.array(v, np.float64) for k, v in state["moments"].items()}
         self._open_returns = dict(state["open_returns"])
+
+
+class DivideRewards(ConnectorV2):
+    """Divides the rewards of the train batch by what a :class:`RewardScale` measured.
+
+    Args:
+        scale: The connector that measures.
+    """
+
+    def __init__(self, scale: RewardScale):
+        super().__init__()
+        self._scale = scale
+
+    @override(ConnectorV2)
+    def __call__(self, *, batch: dict[str, Any], **kwargs: Any) -> Any:
+        for module_id, columns in batch.items():
+            columns[Columns.REWARDS] = columns[Columns.REWARDS] / self._scale.scale(module_id)
+        return batch
+
+
+def normalize_rewards(pipeline: LearnerConnectorPipeline, gamma: float, reduction: Reduction) -> RewardScale:
+    """Makes a PPO learner's pipeline divide rewards by the running standard deviation of the discounted return.
+
+    Args:
+        pipeline: The pipeline as PPO's learner builds it, ending in ``GeneralAdvantageEstimation``.
+        gamma: Discount of the return, in [0, 1].
+        reduction: Where the learners meet.
+
+    Returns:
+        The connector that measures.
+    """
+    scale = RewardScale(gamma, reduction)
+    pipeline.prepend(scale)
+    pipeline.insert_before(GeneralAdvantageEstimation, DivideRewards(scale))
+    return scale

@@ -32,8 +32,18 @@ from blpo_rllib.core.native import Kernels
 from blpo_rllib.core.reduction import AllReduce, Reduction
 from blpo_rllib.core.segments import SegmentBatch, SegmentPlan
 from blpo_rllib.core.update import BilevelUpdate
-from blpo_rllib.learning.connectors import SEGMENT_CONTINUES, SEGMENT_INDEX, SEGMENT_STEP, PackSegments, RewardScale
+from blpo_rllib.learning.connectors import (
+    MINIBATCH_SIZE,
+    NUM_MINIBATCHES,
+    SEGMENT_CONTINUES,
+    SEGMENT_INDEX,
+    SEGMENT_STEP,
+    PackSegments,
+    RewardScale,
+    normalize_rewards,
+)
 from blpo_rllib.learning.players import RLModulePlayers, blank_action, blank_observation
+from blpo_rllib.learning.train_batch import ModuleSegments
 
 logger = logging.getLogger(__name__)
 
@@ -68,30 +78,26 @@ class BLPOTorchLearner(PPOTorchLearner):
         self._reward_scale: RewardScale | None = None
         # In which learners exchange something, so that all of them have to run, with or without episodes.
         self._meeting_connectors: list[ConnectorV2] = []
-        self._num_epochs = 1
-        self._minibatch_size: int | None = None
-        self._plans: dict[str, SegmentPlan] = {}
         self._reduction = AllReduce() if self.distributed else Reduction()
         super().build()
         if self._learner_connector is None or not self.config.add_default_connectors_to_learner_pipeline:
             return
+        if self.config.normalize_rewards:
+            self._reward_scale = normalize_rewards(self._learner_connector, self.config.gamma, self._reduction)
+            self._meeting_connectors.append(self._reward_scale)
         # PPO computes advantages once, on the host; here they are a function of the critic, inside the update.
         self._learner_connector.remove(GeneralAdvantageEstimation)
         width_multiple = COMPILED_WIDTH_MULTIPLE if self.config.torch_compile_learner else 1
         pack = PackSegments(self._plan_segments, self._blank_item, width_multiple)
         self._learner_connector.append(pack)
-        self._meeting_connectors = [pack]
-        if self.config.normalize_rewards:
-            self._reward_scale = RewardScale(self.config.gamma, self._reduction)
-            self._learner_connector.prepend(self._reward_scale)
-            self._meeting_connectors.insert(0, self._reward_scale)
+        self._meeting_connectors.append(pack)
 
     @override(TorchLearner)
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
         module = self._module[module_id].unwrapped()
         if not isinstance(module, ValueFunctionAPI) and self._is_never_trained(module_id):
             return
-        players = RLModulePlayers(module, module_id, kernels=self._kernels)
+        players = RLModulePlayers(module, module_id, kernels=self.kernels)
         solver = copy.deepcopy(config.get_ihvp_solver())
         if solver is not None:
             solver.check_size(sum(p.numel() for p in players.critic_parameters))
@@ -120,7 +126,7 @@ class BLPOTorchLearner(PPOTorchLearner):
             [config.seed or 0, zlib.crc32(module_id.encode())],
             self._reduction,
             self._compile,
-            self._kernels,
+            self.kernels,
         )
 
     def _make_lr_schedulers(self, module_id: str) -> None:
@@ -137,7 +143,7 @@ class BLPOTorchLearner(PPOTorchLearner):
             optimizer._opt_called = True
 
     @property
-    def _kernels(self) -> Kernels | None:
+    def kernels(self) -> Kernels | None:
         """The CPU kernels; a compiler traces torch operations, so that they stay out of a compiled update."""
         wanted = self.config.native_kernels and not self.config.torch_compile_learner
         return native.load() if wanted and self._device.type == "cpu" else None
@@ -167,19 +173,18 @@ class BLPOTorchLearner(PPOTorchLearner):
         self._bilevel_updates.pop(module_id, None)
         return super().remove_module(module_id, **kwargs)
 
-    def _plan_segments(self, num_steps: dict[str, int]) -> dict[str, SegmentPlan]:
+    def _plan_segments(self, num_steps: dict[str, int], minibatch_size: int | None) -> dict[str, SegmentPlan]:
         """Agrees with the other learners on how to cut the batch: modules and minibatches are the same on all."""
         module_ids = sorted(self._bilevel_updates)
         own = [num_steps.get(module_id, 0) for module_id in module_ids]
         everyone, rank = self._reduction.gather(own), self._reduction.rank
-        self._plans = {
+        return {
             module_id: SegmentPlan.of(
-                counts, rank, self._minibatch_size, self.config.get_config_for_module(module_id).get_segment_length()
+                counts, rank, minibatch_size, self.config.get_config_for_module(module_id).get_segment_length()
             )
             for module_id, *counts in zip(module_ids, *everyone, strict=True)
             if any(counts)
         }
-        return self._plans
 
     def _blank_item(self, module_id: str) -> dict[str, Any]:
         """The columns of one item that is no step, [1, ...]."""
@@ -209,42 +214,63 @@ class BLPOTorchLearner(PPOTorchLearner):
     ) -> Iterable[MultiAgentBatch]:
         if training_data.data_iterators:
             raise ValueError("BLPO is on-policy and learns from episodes, not from data iterators (offline data)")
-        self._num_epochs, self._minibatch_size = num_epochs, minibatch_size
-        if training_data.episodes == []:
-            batch = self._batch_without_episodes()
-        else:
-            batch = self._make_batch_if_necessary(training_data=training_data)
-        modules = {
-            module_id: module_batch
-            for module_id, module_batch in batch.policy_batches.items()
-            if self.should_module_be_updated(module_id, batch)
-        }
-        for module_batch in modules.values():
-            # What RLlib's counters of trained steps read; left alone it is the number of segments.
-            module_batch.count = num_epochs * int(module_batch[SEGMENT_STEP].sum())
-        return [MultiAgentBatch(modules, num_epochs * batch.env_steps())]
+        if training_data.batch is not None:
+            return [training_data.batch]
+        assert training_data.episodes is not None
+        return [self.build_train_batch(training_data.episodes, minibatch_size, num_epochs)]
 
-    def _batch_without_episodes(self) -> MultiAgentBatch:
-        """With what a learner that got no episode takes part; RLlib's connectors assume that there is one."""
+    def build_train_batch(
+        self, episodes: list[Any], minibatch_size: int | None, num_epochs: int = 1
+    ) -> MultiAgentBatch:
+        """Turns episodes into trajectory segments, as :meth:`update` does before it trains on them.
+
+        Connectors may change the episodes, and those with a state learn from them. All learners of a group have to
+        make their batches together.
+
+        Args:
+            episodes: RLlib episodes or fragments; none where this learner got none.
+            minibatch_size: Steps per minibatch; None for a single minibatch.
+            num_epochs: Passes over the batch, >= 1.
+
+        Returns:
+            A :class:`~blpo_rllib.learning.train_batch.ModuleSegments` for each module to be trained, to be passed to
+            ``update(batch=...)``.
+        """
+        columns = self._packed_columns(episodes, minibatch_size)
+        num_minibatches = {module_id: x.pop(NUM_MINIBATCHES, 1) for module_id, x in columns.items()}
+        # What `policies_to_train` may look at.
+        packed = MultiAgentBatch(
+            {module_id: SampleBatch(x) for module_id, x in columns.items()}, env_steps=sum(map(len, episodes))
+        )
+        modules = {}
+        for module_id, x in columns.items():
+            if self.should_module_be_updated(module_id, packed):
+                segments = self._segment_batch(module_id, x)
+                rollouts = self._rollouts(module_id, x, segments)
+                modules[module_id] = ModuleSegments(segments, rollouts, num_minibatches[module_id], num_epochs)
+        return MultiAgentBatch(modules, num_epochs * packed.env_steps())
+
+    def _packed_columns(self, episodes: list[Any], minibatch_size: int | None) -> dict[str, dict[str, Any]]:
+        """What the connectors make of the episodes, by module."""
+        assert self._learner_connector is not None
+        shared_data = {MINIBATCH_SIZE: minibatch_size}
+        if episodes:
+            return self._learner_connector(
+                rl_module=self.module, batch={}, episodes=episodes, shared_data=shared_data, metrics=self.metrics
+            )
+        # RLlib's own connectors assume that there is an episode.
         columns: dict[str, Any] = {}
         for connector in self._meeting_connectors:
-            columns = connector(rl_module=self.module, batch=columns, episodes=[])
-        return MultiAgentBatch({module_id: SampleBatch(x) for module_id, x in columns.items()}, env_steps=0)
+            columns = connector(rl_module=self.module, batch=columns, episodes=[], shared_data=shared_data)
+        return columns
 
     @override(TorchLearner)
-    def _update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
+    def _update(self, batch: dict[str, ModuleSegments], **kwargs: Any) -> tuple[Any, Any, Any]:
         losses = {}
         # In one order on all learners, which meet in each module's update.
-        for module_id, module_batch in sorted(batch.items()):
-            config = self.config.get_config_for_module(module_id)
-            segments = self._segment_batch(module_id, module_batch, config)
-            settings = self._settings(module_id, config)
-            metrics = self._bilevel_updates[module_id].run(
-                segments,
-                self._plans[module_id].num_minibatches,
-                settings,
-                self._rollouts(module_batch, segments, config),
-            )
+        for module_id, part in sorted(batch.items()):
+            settings = self.update_settings(module_id, part.num_epochs)
+            metrics = self._bilevel_updates[module_id].run(part.segments, part.num_minibatches, settings, part.rollouts)
             if any(metrics[name] for name in Counts._fields):
                 logger.warning(
                     "module %r met non-finite numbers in this update, which were left out: %s", module_id, metrics
@@ -252,7 +278,7 @@ class BLPOTorchLearner(PPOTorchLearner):
             losses[module_id] = _total_loss(metrics, settings.leader)
             # PPO's names: the critic's loss is never clipped, and without a penalty its coefficient is 0.
             metrics["vf_loss_unclipped"] = metrics["vf_loss"]
-            if not config.use_kl_loss:
+            if settings.leader.kl_coeff is None:
                 metrics["curr_kl_coeff"] = 0.0
             self.metrics.log_dict(metrics, key=module_id, window=1)
         return {}, losses, {}
@@ -265,32 +291,33 @@ class BLPOTorchLearner(PPOTorchLearner):
             lr = self._get_optimizer_lr(self.get_optimizer(module_id, ACTOR_OPTIMIZER))
             self.metrics.log_value((module_id, f"{DEFAULT_OPTIMIZER}_{LR_KEY}"), lr, window=1)
 
-    def _segment_batch(self, module_id: str, columns: dict[str, Any], config: Any) -> SegmentBatch:
+    def _segment_batch(self, module_id: str, columns: dict[str, Any]) -> SegmentBatch:
         if SEGMENT_STEP not in columns:
             raise ValueError(
                 f"the train batch of module {module_id!r} holds no segments: leave "
                 "add_default_connectors_to_learner_pipeline=True, or end your own learner pipeline in PackSegments"
             )
+        config = self.config.get_config_for_module(module_id)
         dtype = next(self._module[module_id].unwrapped().parameters()).dtype
 
         def cast(x: torch.Tensor) -> torch.Tensor:
             return x.to(dtype) if x.is_floating_point() else x
 
         step, continues = columns[SEGMENT_STEP].to(dtype), columns[SEGMENT_CONTINUES].to(dtype)
-        scale = 1.0 if self._reward_scale is None else self._reward_scale.scale(module_id)
         return SegmentBatch(
             obs=tree.map_structure(cast, columns[Columns.OBS]),
             actions=tree.map_structure(cast, columns[Columns.ACTIONS]),
             old_logp=cast(columns[Columns.ACTION_LOGP]),
             old_dist_inputs=cast(columns[Columns.ACTION_DIST_INPUTS]),
-            rewards=cast(columns[Columns.REWARDS]) / scale,
+            rewards=cast(columns[Columns.REWARDS]),
             step=step,
             advantage=self._advantage_operator(
                 Masks(step, columns[Columns.TERMINATEDS].to(dtype) * step, continues), config
             ),
         )
 
-    def _rollouts(self, columns: dict[str, Any], segments: SegmentBatch, config: Any) -> Rollouts | None:
+    def _rollouts(self, module_id: str, columns: dict[str, Any], segments: SegmentBatch) -> Rollouts | None:
+        config = self.config.get_config_for_module(module_id)
         if config.advantage_horizon == "segment":
             return None
         return Rollouts.of(
@@ -301,12 +328,14 @@ class BLPOTorchLearner(PPOTorchLearner):
         )
 
     def _advantage_operator(self, masks: Masks, config: Any) -> AdvantageOperator:
-        kernels = self._kernels if masks.step.dtype in native.DTYPES else None
+        kernels = self.kernels if masks.step.dtype in native.DTYPES else None
         return advantage_operator(masks, config.gamma, config.lambda_, kernels)
 
-    def _settings(self, module_id: str, config: Any) -> UpdateSettings:
+    def update_settings(self, module_id: str, num_epochs: int) -> UpdateSettings:
+        """What an update of a module does at the present values of the schedules."""
+        config = self.config.get_config_for_module(module_id)
         return UpdateSettings(
-            num_epochs=self._num_epochs,
+            num_epochs=num_epochs,
             num_critic_updates=config.num_critic_updates,
             leader=LeaderLoss(
                 clip=config.clip_param,

@@ -13,7 +13,6 @@ import numpy as np
 import ray
 import torch
 from ray.rllib.core import DEFAULT_MODULE_ID
-from ray.rllib.core.learner.training_data import TrainingData
 
 from blpo_rllib import checkpoints
 from blpo_rllib.blpo import BLPO
@@ -93,16 +92,10 @@ def problem_of(algo: Any) -> tuple[RLModulePlayers, SegmentBatch, UpdateSettings
     """
     config, learner = algo.config, algo.learner_group._learner
     episodes = algo.env_runner.sample(num_timesteps=config.total_train_batch_size)
-    (batch,) = learner._create_iterator_if_necessary(
-        training_data=TrainingData(episodes=episodes), minibatch_size=config.minibatch_size
-    )
-    columns = {
-        name: value if isinstance(value, dict) else torch.as_tensor(value)
-        for name, value in batch.policy_batches[DEFAULT_MODULE_ID].items()
-    }
+    part = learner.build_train_batch(episodes, config.minibatch_size).policy_batches[DEFAULT_MODULE_ID]
     module = copy.deepcopy(learner.module[DEFAULT_MODULE_ID].unwrapped()).double()
     return (
-        RLModulePlayers(module, DEFAULT_MODULE_ID, kernels=learner._kernels),
-        learner._segment_batch(DEFAULT_MODULE_ID, columns, config).to(torch.float64),
-        learner._settings(DEFAULT_MODULE_ID, config),
+        RLModulePlayers(module, DEFAULT_MODULE_ID, kernels=learner.kernels),
+        part.segments.to(torch.float64),
+        learner.update_settings(DEFAULT_MODULE_ID, part.num_epochs),
     )

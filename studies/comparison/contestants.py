@@ -40,15 +40,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
-from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.connectors.env_to_module import MeanStdFilter
-from ray.rllib.connectors.learner import GeneralAdvantageEstimation
-from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.annotations import override
@@ -57,7 +53,7 @@ from torch.nn.init import orthogonal_
 
 from blpo_rllib import BLPOConfig
 from blpo_rllib.core.reduction import Reduction
-from blpo_rllib.learning.connectors import RewardScale
+from blpo_rllib.learning.connectors import normalize_rewards
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
 from blpo_rllib.sampling.env_runner import BatchedEnvRunner
 from blpo_rllib.sampling.envpool import PREFIX
@@ -277,30 +273,10 @@ def _take_statistics(runner: BatchedEnvRunner, training: BatchedEnvRunner) -> No
             connector._update_stats = all(x.running_stats.num_pushes == 0 for x in connector._filters.values())
 
 
-class DivideRewards(ConnectorV2):
-    """Divides rewards by the scale that another connector measures.
-
-    Args:
-        scale: That connector.
-    """
-
-    def __init__(self, scale: RewardScale):
-        super().__init__()
-        self._scale = scale
-
-    @override(ConnectorV2)
-    def __call__(self, *, batch: dict[str, Any], **kwargs: Any) -> Any:
-        for module_id, columns in batch.items():
-            columns[Columns.REWARDS] = torch.as_tensor(columns[Columns.REWARDS]) / self._scale.scale(module_id)
-        return batch
-
-
 class PPOWithScaledRewards(PPOTorchLearner):
-    """RLlib's PPO learner with BLPO's reward normalisation: the same connector at the same place."""
+    """RLlib's PPO learner with BLPO's reward normalisation: the same connectors at the same places."""
 
     @override(PPOTorchLearner)
     def build(self) -> None:
         super().build()
-        scale = RewardScale(self.config.gamma, Reduction())
-        self._learner_connector.prepend(scale)
-        self._learner_connector.insert_before(GeneralAdvantageEstimation, DivideRewards(scale))
+        normalize_rewards(self._learner_connector, self.config.gamma, Reduction())
