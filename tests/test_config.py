@@ -130,9 +130,8 @@ def test_module_without_value_function():
         config().rl_module(rl_module_spec=spec).validate()
 
 
-def test_recurrent_module():
-    with pytest.raises(ValueError, match="is recurrent, which BLPO does not support"):
-        with_spaces().rl_module(model_config={"use_lstm": True}).validate()
+def test_recurrent_modules_are_taken():
+    with_spaces().rl_module(model_config={"use_lstm": True}).validate()
 
 
 def test_redrawn_coordinates_are_not_compiled():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+import tree
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
 from ray.rllib.callbacks.callbacks import RLlibCallback
@@ -75,9 +76,13 @@ def _ray():
     ray.shutdown()
 
 
-def config(env=Scripted, num_envs=4, filtered=False, **env_config):
+RECURRENT = {"use_lstm": True, "lstm_cell_size": 5, "fcnet_hiddens": [6], "max_seq_len": 4}
+
+
+def config(env=Scripted, num_envs=4, filtered=False, recurrent=False, **env_config):
     return (
         BLPOConfig()
+        .rl_module(model_config=RECURRENT if recurrent else {})
         .environment(env, env_config=env_config)
         .env_runners(
             num_env_runners=0,
@@ -107,10 +112,11 @@ def runners(c):
 def assert_same_buffer(a, b, exact):
     assert (a.lookback, a.finalized, a.space) == (b.lookback, b.finalized, b.space)
     assert len(a.data) == len(b.data)
-    if len(a.data):
-        a, b = np.asarray(a.data), np.asarray(b.data)
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        (np.testing.assert_array_equal if exact else lambda x, y: np.testing.assert_allclose(x, y, 2e-5, 2e-6))(a, b)
+    tree.assert_same_structure(a.data, b.data)
+    for x, y in zip(tree.flatten(a.data), tree.flatten(b.data)) if len(a.data) else []:
+        x, y = np.asarray(x), np.asarray(y)
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        (np.testing.assert_array_equal if exact else lambda x, y: np.testing.assert_allclose(x, y, 2e-5, 2e-6))(x, y)
 
 
 def assert_same_episodes(stock, batched):
@@ -151,17 +157,21 @@ def flat(tree_):
 @pytest.mark.parametrize("filtered", [False, True], ids=["plain", "filtered"])
 @pytest.mark.parametrize("explore", [True, False], ids=["explore", "exploit"])
 @pytest.mark.parametrize(
-    ("observation_space", "action_space"),
+    ("observation_space", "action_space", "recurrent"),
     [
-        (VECTOR, Discrete(3)),
-        (DOUBLE, Box(np.float32([-3, 0]), np.float32([1, 2]))),
-        (VECTOR, MultiDiscrete([2, 3])),
-        (IMAGE, Discrete(2)),
+        (VECTOR, Discrete(3), False),
+        (DOUBLE, Box(np.float32([-3, 0]), np.float32([1, 2])), False),
+        (VECTOR, MultiDiscrete([2, 3]), False),
+        (IMAGE, Discrete(2), False),
+        (VECTOR, Discrete(3), True),
+        (VECTOR, Box(np.float32([-3, 0]), np.float32([1, 2])), True),
     ],
-    ids=["discrete", "box", "multi-discrete", "image"],
+    ids=["discrete", "box", "multi-discrete", "image", "recurrent discrete", "recurrent box"],
 )
-def test_the_same_episodes_and_metrics_over_several_fragments(observation_space, action_space, explore, filtered):
-    c = config(observation_space=observation_space, action_space=action_space, filtered=filtered)
+def test_the_same_episodes_and_metrics_over_several_fragments(
+    observation_space, action_space, recurrent, explore, filtered
+):
+    c = config(observation_space=observation_space, action_space=action_space, filtered=filtered, recurrent=recurrent)
     pair = runners(c)
     assert pair[1].obstacle() is None
     for round_, num_timesteps in enumerate((None, 21, 1, None)):
@@ -176,9 +186,7 @@ def test_the_same_episodes_and_metrics_over_several_fragments(observation_space,
         assert len(lengths) == 2
         for name, value in stock.items():
             if not name.endswith("throughput"):
-                np.testing.assert_equal(
-                    np.round(_numbers(batched[name]), 4), np.round(_numbers(value), 4), err_msg=name
-                )
+                np.testing.assert_allclose(_numbers(batched[name]), _numbers(value), rtol=1e-5, atol=1e-4, err_msg=name)
     if filtered:
         stock, batched = (_filter(made) for made in pair)
         for name in ("running_stats", "buffer"):
@@ -211,9 +219,10 @@ def test_whole_episodes():
         assert all(episode.is_done for episode in samples[1])
 
 
-@pytest.mark.parametrize("horizon", [0, 1, 4])
-def test_lookback_and_change_of_loop_between_fragments(horizon):
-    c = config(filtered=True).env_runners(episode_lookback_horizon=horizon)
+# RLlib's own loop needs the step before to go on in a recurrent module's state.
+@pytest.mark.parametrize(("horizon", "recurrent"), [(0, False), (1, False), (4, False), (1, True), (4, True)])
+def test_lookback_and_change_of_loop_between_fragments(horizon, recurrent):
+    c = config(filtered=True, recurrent=recurrent).env_runners(episode_lookback_horizon=horizon)
     pair = runners(c)
     for round_ in range(5):
         samples = []
@@ -427,7 +436,6 @@ def obstacles():
     yield "to env", config().env_runners(module_to_env_connector=lambda env, spaces: Custom()), "module-to-env"
     yield "step function", config().callbacks(on_episode_step=lambda **kw: None), "on_episode_step"
     yield "step method", config().callbacks(type("C", (RLlibCallback,), {"on_episode_step": lambda s, **kw: 0})), "step"
-    yield "recurrent", config().rl_module(model_config={"use_lstm": True}), "recurrent"
     yield "lists", config().env_runners(episodes_to_numpy=False), "episodes_to_numpy"
     yield (
         "outputs",

@@ -120,11 +120,13 @@ class SegmentLayout:
         index: int64 [M, S], position of the slot's data in the flat batch (0 in padding).
         step: bool [M, S], whether the slot is a step; bootstrap slots and padding are not.
         continues: bool [M, S], whether the next slot is the next step of the same piece.
+        age: int64 [M, S], the slot's distance from the first of its piece; −1 in padding.
     """
 
     index: np.ndarray
     step: np.ndarray
     continues: np.ndarray
+    age: np.ndarray
 
 
 def layout_segments(
@@ -144,23 +146,26 @@ def layout_segments(
     """
     ends = np.flatnonzero(~is_step)
     begins = np.concatenate(([0], ends[:-1] + 1))
-    rows = []
+    rows: list[list[np.ndarray]] = []
     for pieces in pack_segments((ends - begins).tolist(), num_segments) if num_segments else []:
-        slots, step, continues = [], [], []
+        parts = []
         for piece in pieces:
             first = begins[piece.episode] + piece.start
             bootstrap = not terminated[first + piece.length - 1]
-            slots.append(np.arange(first, first + piece.length + bootstrap))
-            step.append([True] * piece.length + [False] * bootstrap)
-            continues.append([True] * (piece.length - 1) + [False] * (1 + bootstrap))
-        rows.append((np.concatenate(slots), np.concatenate(step), np.concatenate(continues)))
-    width = -(-max((len(index) for index, _, _ in rows), default=1) // width_multiple) * width_multiple
+            age = np.arange(piece.length + bootstrap)
+            parts.append((first + age, age < piece.length, age < piece.length - 1, age))
+        rows.append([np.concatenate(columns) for columns in zip(*parts, strict=True)])
+    width = -(-max((len(index) for index, *_ in rows), default=1) // width_multiple) * width_multiple
     shape = max(num_segments, num_rows), width
-    layout = SegmentLayout(index=np.zeros(shape, np.int64), step=np.zeros(shape, bool), continues=np.zeros(shape, bool))
-    for row, (index, is_step_row, continues_row) in enumerate(rows):
-        layout.index[row, : len(index)] = index
-        layout.step[row, : len(index)] = is_step_row
-        layout.continues[row, : len(index)] = continues_row
+    layout = SegmentLayout(
+        index=np.zeros(shape, np.int64),
+        step=np.zeros(shape, bool),
+        continues=np.zeros(shape, bool),
+        age=np.full(shape, -1, np.int64),
+    )
+    for row, columns in enumerate(rows):
+        for filled, column in zip((layout.index, layout.step, layout.continues, layout.age), columns, strict=True):
+            filled[row, : len(column)] = column
     return layout
 
 

@@ -14,10 +14,12 @@ from ray.rllib.connectors.learner import GeneralAdvantageEstimation, LearnerConn
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.utils.annotations import override
+from ray.rllib.utils.numpy import convert_to_numpy
 from scipy.signal import lfilter
 
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentPlan, layout_segments
+from blpo_rllib.learning.recurrence import max_sequence_length, places, recurrent_observation
 
 # What PackSegments adds to a module's columns: tensors [M, S], see core.segments.SegmentLayout, and a number.
 SEGMENT_INDEX = "segment_index"
@@ -39,12 +41,44 @@ _COLUMNS = (
 )
 
 
+class AddStateOfEachStep(ConnectorV2):
+    """Adds to each step of a recurrent module the state that the module had there while sampling, as ``STATE_IN``.
+
+    Stands before RLlib's ``AddTimeDimToBatchAndZeroPad`` and ``AddStatesFromEpisodesToBatch``, which cut episodes into
+    rows and keep one state of each; a batch with ``STATE_IN`` they leave as it is. So segments can be cut anywhere.
+    """
+
+    @override(ConnectorV2)
+    def __call__(self, *, rl_module: Any, batch: dict[str, Any], episodes: list[Any], **kwargs: Any) -> Any:
+        for episode in self.single_agent_episode_iterator(episodes, agents_that_stepped_only=False):
+            module_id = episode.module_id or DEFAULT_MODULE_ID
+            if module_id in rl_module and rl_module[module_id].unwrapped().is_stateful():
+                states = _states_in(episode, rl_module[module_id].unwrapped())
+                self.add_n_batch_items(batch, Columns.STATE_IN, states, len(episode), episode)
+        return batch
+
+
+def _states_in(episode: Any, module: Any) -> Any:
+    """The states of an episode's steps: of the first its beginning, of each other what the step before has left."""
+    first = convert_to_numpy(module.get_initial_state())
+    if Columns.STATE_OUT not in episode.extra_model_outputs:
+        # Sampled by a module without states.
+        return tree.map_structure(lambda x: np.repeat(x[None], len(episode), axis=0), first)
+    if episode.t_started > 0:
+        first = episode.get_extra_model_outputs(Columns.STATE_OUT, -1, neg_index_as_lookback=True)
+    left = episode.get_extra_model_outputs(Columns.STATE_OUT)
+    if not episode.is_numpy:
+        left = tree.map_structure(lambda *x: np.stack(x), *left)
+    return tree.map_structure(lambda x, y: np.concatenate([x[None], y[:-1]]), first, left)
+
+
 class PackSegments(ConnectorV2):
     """Turns a flat batch of episodes into trajectory segments, [n, ...] into [M, S, ...] per column and module.
 
     The connector ends the learner pipeline. It needs RLlib's ``AddOneTsToEpisodesAndTruncate`` before it, which appends
     to every episode or fragment its last observation and marks it False in the loss mask. The minibatch size reaches
-    the connector under :data:`MINIBATCH_SIZE` in ``shared_data``.
+    the connector under :data:`MINIBATCH_SIZE` in ``shared_data``. Observations of a recurrent
+    module, which :class:`AddStateOfEachStep` gave states, become :func:`recurrent_observation`.
 
     Args:
         plan: Maps the number of steps by module ID and the minibatch size to a plan for each module that has steps on
@@ -63,7 +97,7 @@ class PackSegments(ConnectorV2):
         self._plan, self._blank, self._width_multiple = plan, blank, width_multiple
 
     @override(ConnectorV2)
-    def __call__(self, *, batch: dict[str, Any], shared_data: dict[str, Any], **kwargs: Any) -> Any:
+    def __call__(self, *, rl_module: Any, batch: dict[str, Any], shared_data: dict[str, Any], **kwargs: Any) -> Any:
         is_step = {
             module_id: columns[Columns.LOSS_MASK].cpu().numpy().astype(bool) for module_id, columns in batch.items()
         }
@@ -71,18 +105,31 @@ class PackSegments(ConnectorV2):
         packed = {}
         for module_id, plan in self._plan(num_steps, shared_data[MINIBATCH_SIZE]).items():
             columns = batch[module_id] if plan.num_segments else self._blank(module_id)
-            packed[module_id] = self._pack(columns, is_step.get(module_id, np.zeros(1, bool)), plan)
+            packed[module_id] = self._pack(
+                columns, is_step.get(module_id, np.zeros(1, bool)), plan, rl_module[module_id].unwrapped()
+            )
         batch.clear()
         batch.update(packed)
         return batch
 
-    def _pack(self, columns: dict[str, Any], is_step: np.ndarray, plan: SegmentPlan) -> dict[str, Any]:
+    def _pack(self, columns: dict[str, Any], is_step: np.ndarray, plan: SegmentPlan, module: Any) -> dict[str, Any]:
         terminated = columns[Columns.TERMINATEDS].cpu().numpy().astype(bool)
         layout = layout_segments(is_step, terminated, plan.num_segments, self._width_multiple, plan.num_rows)
         device = columns[Columns.LOSS_MASK].device
         index = torch.as_tensor(layout.index, device=device)
-        packed = {name: tree.map_structure(lambda x: x[index], columns[name]) for name in _COLUMNS if name in columns}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            return x[index]
+
+        packed = {name: tree.map_structure(pack, columns[name]) for name in _COLUMNS if name in columns}
         packed[SEGMENT_INDEX] = index
+        if Columns.STATE_IN in columns:
+            place = places(layout.age, layout.step, max_sequence_length(module))
+            packed[Columns.OBS] = recurrent_observation(
+                packed[Columns.OBS],
+                tree.map_structure(pack, columns[Columns.STATE_IN]),
+                torch.as_tensor(place, device=device),
+            )
         packed[SEGMENT_STEP] = torch.as_tensor(layout.step, device=device)
         packed[SEGMENT_CONTINUES] = torch.as_tensor(layout.continues, device=device)
         packed[NUM_MINIBATCHES] = plan.num_minibatches

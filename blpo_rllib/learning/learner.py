@@ -14,7 +14,7 @@ import torch
 import tree
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
 from ray.rllib.connectors.connector_v2 import ConnectorV2
-from ray.rllib.connectors.learner import GeneralAdvantageEstimation
+from ray.rllib.connectors.learner import AddTimeDimToBatchAndZeroPad, GeneralAdvantageEstimation
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.learner import DEFAULT_OPTIMIZER, LR_KEY, Learner
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
@@ -38,11 +38,13 @@ from blpo_rllib.learning.connectors import (
     SEGMENT_CONTINUES,
     SEGMENT_INDEX,
     SEGMENT_STEP,
+    AddStateOfEachStep,
     PackSegments,
     RewardScale,
     normalize_rewards,
 )
 from blpo_rllib.learning.players import RLModulePlayers, blank_action, blank_observation
+from blpo_rllib.learning.recurrence import slotwise
 from blpo_rllib.learning.train_batch import ModuleSegments
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,7 @@ class BLPOTorchLearner(PPOTorchLearner):
             self._meeting_connectors.append(self._reward_scale)
         # PPO computes advantages once, on the host; here they are a function of the critic, inside the update.
         self._learner_connector.remove(GeneralAdvantageEstimation)
+        self._learner_connector.insert_before(AddTimeDimToBatchAndZeroPad, AddStateOfEachStep())
         width_multiple = COMPILED_WIDTH_MULTIPLE if self.config.torch_compile_learner else 1
         pack = PackSegments(self._plan_segments, self._blank_item, width_multiple)
         self._learner_connector.append(pack)
@@ -191,7 +194,7 @@ class BLPOTorchLearner(PPOTorchLearner):
         module = self._module[module_id].unwrapped()
         obs, action = blank_observation(module, 1), blank_action(module, 1)
         with torch.no_grad():
-            outputs = module.forward_train({Columns.OBS: obs})[Columns.ACTION_DIST_INPUTS]
+            outputs = slotwise(module).forward_train({Columns.OBS: obs})[Columns.ACTION_DIST_INPUTS]
         zero = outputs.new_zeros(1)
         return {
             Columns.OBS: obs,

@@ -15,6 +15,7 @@ from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorica
 from ray.rllib.core.models.torch.encoder import TorchMLPEncoder
 from ray.rllib.core.models.torch.heads import TorchFreeLogStdMLPHead, TorchMLPHead
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
+from ray.rllib.utils.numpy import convert_to_numpy
 from ray.rllib.utils.spaces.space_utils import get_dummy_batch_for_space
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from blpo_rllib.core.mlp_native import critic_pass, forward_pass
 from blpo_rllib.core.native import Kernels
 from blpo_rllib.core.networks import ActorPass, AutogradActorPass, AutogradCriticPass, Coordinates, CriticPass
 from blpo_rllib.core.policy_heads import AutogradTerms, CategoricalTerms, GaussianTerms, PolicyHead
+from blpo_rllib.learning.recurrence import SlotwiseModule, recurrent_observation, slotwise
 from blpo_rllib.learning.rl_module import BLPOTorchRLModule
 
 
@@ -33,29 +35,25 @@ class RLModulePlayers(Players):
     A parameter is the critic's if V depends on it and the actor's if the action distribution does.
 
     Args:
-        module: A torch RLModule with a value function and nothing shared between it and the policy.
+        module: A torch RLModule with a value function and nothing shared between it and the policy. If it is recurrent,
+            its observations are :func:`~blpo_rllib.learning.recurrence.recurrent_observation`.
         module_id: Its name, for error messages.
         by_hand: Take derivatives by hand where a player is a perceptron; otherwise automatically.
         kernels: Compiled functions for that, used where they apply (CPU, float32 or float64).
 
     Raises:
-        ValueError: If the module is recurrent, lacks a value function, or shares parameters between the players.
+        ValueError: If the module lacks a value function, or shares parameters between the players.
     """
 
     def __init__(self, module: Any, module_id: str, by_hand: bool = True, kernels: Kernels | None = None):
         check_module_class(type(module), module_id)
-        if module.is_stateful():
-            raise ValueError(
-                f"module {module_id!r} ({type(module).__name__}) is recurrent, which BLPO does not support: its "
-                "segments hold several episodes. Use a feed-forward module (use_lstm=False), e.g. on stacked frames"
-            )
-        self._module, self._kernels = module, kernels
+        self._module, self._kernels = slotwise(module), kernels
         self._distribution = module.get_train_action_dist_cls()
         self._old_distribution = module.get_exploration_action_dist_cls()
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         obs = blank_observation(module, 2)
-        critic = _depends_on(module.compute_values({Columns.OBS: obs}), parameters)
-        actor = _depends_on(module.forward_train({Columns.OBS: obs})[Columns.ACTION_DIST_INPUTS], parameters)
+        critic = _depends_on(self._module.compute_values({Columns.OBS: obs}), parameters)
+        actor = _depends_on(self._module.forward_train({Columns.OBS: obs})[Columns.ACTION_DIST_INPUTS], parameters)
         if shared := sorted(critic.keys() & actor.keys()):
             raise ValueError(
                 f"module {module_id!r} ({type(module).__name__}) shares {len(shared)} parameters between actor and "
@@ -96,7 +94,8 @@ class RLModulePlayers(Players):
     def critic(self, obs: Any) -> CriticPass:
         if self._critic_mlp is not None:
             return critic_pass(self._critic_mlp, obs, self._kernels)
-        return AutogradCriticPass(self._module.compute_values({Columns.OBS: obs}), self.critic_parameters)
+        values = self._module.compute_values({Columns.OBS: obs})
+        return AutogradCriticPass(values, self.critic_parameters, batched=isinstance(self._module, SlotwiseModule))
 
     def actor(self, obs: Any, actions: Any, old_dist_inputs: Tensor | None) -> ActorPass:
         if self._actor_mlp is None:
@@ -141,8 +140,12 @@ def check_module_class(module_class: type, module_id: str) -> None:
 
 
 def blank_observation(module: Any, count: int) -> Any:
-    """``count`` observations of the module's space, all zero, on the module's device."""
-    return _blank(module.observation_space, module, count)
+    """``count`` observations of the module's space, all zero, on the module's device; each a sequence of its own."""
+    obs = _blank(module.observation_space, module, count)
+    if not module.is_stateful():
+        return obs
+    state_in = tree.map_structure(lambda x: np.stack([x] * count), convert_to_numpy(module.get_initial_state()))
+    return recurrent_observation(obs, _tensors(state_in, module), _tensors(np.zeros(count, np.int64), module))
 
 
 def blank_action(module: Any, count: int) -> Any:
@@ -151,13 +154,18 @@ def blank_action(module: Any, count: int) -> Any:
 
 
 def _blank(space: gym.Space, module: Any, count: int) -> Any:
+    return _tensors(get_dummy_batch_for_space(space, count, fill_value=0), module)
+
+
+def _tensors(arrays: Any, module: Any) -> Any:
+    """Arrays as tensors on the module's device, floating-point numbers in its precision."""
     parameter = next(module.parameters())
 
-    def tensor(zeros: np.ndarray) -> Tensor:
-        x = torch.as_tensor(zeros, device=parameter.device)
+    def tensor(array: np.ndarray) -> Tensor:
+        x = torch.as_tensor(array, device=parameter.device)
         return x.to(parameter.dtype) if x.is_floating_point() else x
 
-    return tree.map_structure(tensor, get_dummy_batch_for_space(space, count, fill_value=0))
+    return tree.map_structure(tensor, arrays)
 
 
 def _depends_on(output: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

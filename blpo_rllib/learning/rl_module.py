@@ -6,10 +6,12 @@ import math
 from typing import Any
 
 import gymnasium as gym
+import torch
 from ray.rllib.algorithms.ppo.ppo_catalog import PPOCatalog
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
 from ray.rllib.core.columns import Columns
-from ray.rllib.core.models.base import ENCODER_OUT, Model
+from ray.rllib.core.models.base import ACTOR, ENCODER_OUT, Model
+from ray.rllib.core.models.torch.heads import TorchFreeLogStdMLPHead
 from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.utils.annotations import override
 from torch import nn
@@ -50,6 +52,8 @@ class BLPOCatalog(PPOCatalog):
     @override(PPOCatalog)
     def build_pi_head(self, framework: str) -> Model:
         head = super().build_pi_head(framework)
+        if self._model_config_dict.get("use_lstm") and isinstance(head, TorchFreeLogStdMLPHead):
+            head = SequenceFreeLogStdHead(self.pi_head_config)
         _orthogonal_last_layer(head, self._model_config_dict.get("policy_head_gain"))
         return head
 
@@ -58,6 +62,14 @@ class BLPOCatalog(PPOCatalog):
         head = super().build_vf_head(framework)
         _orthogonal_last_layer(head, self._model_config_dict.get("value_head_gain"))
         return head
+
+
+class SequenceFreeLogStdHead(TorchFreeLogStdMLPHead):
+    """RLlib's head with a state-independent log-std, for any number of leading axes; its own takes just one."""
+
+    @override(TorchFreeLogStdMLPHead)
+    def _forward(self, inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return super()._forward(inputs.flatten(0, -2), **kwargs).view(*inputs.shape[:-1], -1)
 
 
 def _orthogonal_last_layer(head: nn.Module, gain: float | None) -> None:
@@ -83,6 +95,8 @@ class BLPOTorchRLModule(DefaultPPOTorchRLModule):
 
     @override(RLModule)
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        if getattr(self.encoder, "actor_encoder", None) is None or self.is_stateful():
+        if getattr(self.encoder, "actor_encoder", None) is None:
             return super()._forward_train(batch, **kwargs)
+        if self.is_stateful():
+            batch = {**batch, Columns.STATE_IN: batch[Columns.STATE_IN][ACTOR]}
         return {Columns.ACTION_DIST_INPUTS: self.pi(self.encoder.actor_encoder(batch)[ENCODER_OUT])}

@@ -29,8 +29,9 @@ from torch import nn
 from blpo_rllib.core.mlp import ACTIVATIONS, Activation
 from blpo_rllib.learning.players import perceptron
 
-# Observations [n, ...] and RLlib's global timestep to columns [n, ...], Columns.ACTIONS among them.
-Actor = Callable[[np.ndarray, int], dict[str, Any]]
+# Observations [n, ...], RLlib's global timestep and a recurrent module's states [n, ...] (else None) to columns
+# [n, ...]: Columns.ACTIONS among them, and Columns.STATE_OUT, which may be nested.
+Actor = Callable[[np.ndarray, int, Any], dict[str, Any]]
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 _ACTIVATIONS: dict[Activation, Callable[[np.ndarray], np.ndarray]] = {
@@ -54,8 +55,12 @@ class _ModuleActor:
     def __init__(self, module: TorchRLModule, device: Any, explore: bool):
         self._module, self._device, self._explore, self._get_actions = module, device, explore, GetActions()
 
-    def __call__(self, obs: np.ndarray, timestep: int) -> dict[str, Any]:
-        batch = convert_to_torch_tensor({Columns.OBS: obs}, device=self._device)
+    def __call__(self, obs: np.ndarray, timestep: int, state_in: Any) -> dict[str, Any]:
+        columns = {Columns.OBS: obs}
+        if state_in is not None:
+            # Recurrent modules take sequences: here of one step.
+            columns = {Columns.OBS: obs[:, None], Columns.STATE_IN: state_in}
+        batch = convert_to_torch_tensor(columns, device=self._device)
         with torch.no_grad():
             if self._explore:
                 outputs = self._module.forward_exploration(batch, t=timestep)
@@ -65,7 +70,10 @@ class _ModuleActor:
             outputs = self._get_actions(
                 rl_module=self._module, batch=outputs, episodes=[None], explore=self._explore, shared_data={}
             )
-        return convert_to_numpy(outputs)
+        outputs = convert_to_numpy(outputs)
+        if state_in is None:
+            return outputs
+        return {name: x if name == Columns.STATE_OUT else x[:, 0] for name, x in outputs.items()}
 
 
 class _PerceptronActor:
@@ -97,7 +105,7 @@ class _PerceptronActor:
         activations = [_ACTIVATIONS[activation] for activation in mlp.activations]
         return cls([_transposed(layer) for layer in mlp.layers], activations, module.pi, draw)
 
-    def __call__(self, obs: np.ndarray, timestep: int) -> dict[str, Any]:
+    def __call__(self, obs: np.ndarray, timestep: int, state_in: None = None) -> dict[str, Any]:
         hidden = obs.astype(np.float32, copy=False)
         for (weight, bias), activation in zip(self._layers, self._activations, strict=False):
             hidden = activation(hidden @ weight + bias)

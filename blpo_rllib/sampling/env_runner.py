@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+import tree
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.connectors.common import (
@@ -44,6 +45,8 @@ from ray.rllib.utils.metrics import (
     RLMODULE_INFERENCE_TIMER,
     WEIGHTS_SEQ_NO,
 )
+from ray.rllib.utils.numpy import convert_to_numpy
+from ray.rllib.utils.spaces.space_utils import batch, unbatch
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from ray.rllib.utils.typing import EnvCreator
 from ray.tune.registry import ENV_CREATOR, _global_registry
@@ -145,8 +148,6 @@ class BatchedEnvRunner(SingleAgentEnvRunner):
     def _module_obstacle(self) -> str | None:
         if not isinstance(self.module, TorchRLModule):
             return f"the module is {type(self.module).__name__}, not a TorchRLModule"
-        if self.module.is_stateful():
-            return f"{type(self.module).__name__} is recurrent"
         if self._probed is not self.module:
             self._probed, self._nested_outputs = self.module, self._find_nested_outputs()
         if self._nested_outputs:
@@ -156,14 +157,22 @@ class BatchedEnvRunner(SingleAgentEnvRunner):
         return None
 
     def _find_nested_outputs(self) -> list[str]:
-        """The module's outputs that are not one row per environment."""
+        """The module's outputs that are not one row per environment; states may be nested."""
         space = self._env_to_module.observation_space
         obs = np.zeros((self.num_envs, *space.shape), space.dtype)
         # Whoever asks for an obstacle must not change what is sampled next.
         devices = [self._device] if torch.device(self._device).type == "cuda" else []
         with torch.random.fork_rng(devices):
-            columns = make_actor(self.module, self._device, True)(obs, 0)
-        return [name for name, column in columns.items() if np.shape(column)[:1] != (self.num_envs,)]
+            columns = make_actor(self.module, self._device, True)(obs, 0, self._initial_states())
+        leaves = {name: tree.flatten(x) if name == Columns.STATE_OUT else [x] for name, x in columns.items()}
+        return [name for name, xs in leaves.items() if any(np.shape(x)[:1] != (self.num_envs,) for x in xs)]
+
+    def _initial_states(self) -> Any:
+        """The states of a recurrent module at the starts of episodes, [n, ...]; None if it is not recurrent."""
+        if not self.module.is_stateful():
+            return None
+        state = convert_to_numpy(self.module.get_initial_state())
+        return tree.map_structure(lambda x: np.stack([x] * self.num_envs), state)
 
     def _pipeline_obstacle(self) -> str | None:
         env_to_module, module_to_env = self._env_to_module.connectors, self._module_to_env.connectors
@@ -279,6 +288,21 @@ class _Rows:
         return self._array[start:stop, column].copy()
 
 
+class _NestedRows:
+    """The same for a nested structure of arrays."""
+
+    def __init__(self, row: Any, capacity: int):
+        self._like = row
+        self._leaves = [_Rows(x, capacity) for x in tree.flatten(row)]
+
+    def append(self, row: Any) -> None:
+        for leaf, x in zip(self._leaves, tree.flatten(row), strict=True):
+            leaf.append(x)
+
+    def cut(self, start: int, stop: int, column: int) -> Any:
+        return tree.unflatten_as(self._like, [leaf.cut(start, stop, column) for leaf in self._leaves])
+
+
 class _Rollout:
     """One ``sample()`` call: steps all environments, and cuts their steps into episodes.
 
@@ -291,6 +315,7 @@ class _Rollout:
         self.done: list[SingleAgentEpisode] = []
         self._runner, self._explore = runner, explore
         self._actor = make_actor(runner.module, runner._device, explore)
+        self._initial_states = runner._initial_states()
         first = runner._env_to_module.connectors[0]
         self._filter: MeanStdFilter | None = first if _is_filter(first) else None
         share = runner.config.num_env_runners if runner.worker_index else 1
@@ -306,11 +331,16 @@ class _Rollout:
         runner = self._runner
         self._episodes = runner._ongoing_episodes
         self._obs: np.ndarray = runner._cached_to_module[Columns.OBS].cpu().numpy()
+        self._states: Any = None
+        if self._initial_states is not None:
+            # RLlib's batches for recurrent modules have a time axis.
+            self._obs = self._obs[:, 0]
+            self._states = convert_to_numpy(runner._cached_to_module[Columns.STATE_IN])
         # With gymnasium's next-step autoreset an episode that is over waits for its environment's next step.
         self._over = np.array([not episode.is_reset for episode in self._episodes])
         # Where in the rows each environment's present episode starts.
         self._start = [0] * runner.num_envs
-        self._rows: dict[str, _Rows] = {}
+        self._rows: dict[str, _Rows | _NestedRows] = {}
         self._infos: list[list[dict[str, Any]]] = []
         self._times: list[float] = []
         self.num_steps = 0
@@ -329,7 +359,7 @@ class _Rollout:
         """
         runner = self._runner
         started = time.perf_counter()
-        columns = self._actor(self._obs, self._timestep())
+        columns = self._actor(self._obs, self._timestep(), self._states)
         acted = time.perf_counter()
         actions = columns.pop(Columns.ACTIONS)
         for_env = columns.pop(Columns.ACTIONS_FOR_ENV, None)
@@ -351,6 +381,8 @@ class _Rollout:
             ("filter", filtered - stepped),
         ):
             self._seconds[name] += seconds
+        if self._states is not None:
+            self._states = columns[Columns.STATE_OUT]
         self._append(
             {Columns.OBS: self._obs, Columns.ACTIONS: actions, Columns.REWARDS: rewards, **columns}, infos, filtered
         )
@@ -369,7 +401,10 @@ class _Rollout:
     def _append(self, columns: dict[str, np.ndarray], infos: list[dict[str, Any]], now: float) -> None:
         if not self._rows:
             capacity = self._runner.config.get_rollout_fragment_length(self._runner.worker_index or 0) + 32
-            self._rows = {name: _Rows(row, capacity) for name, row in columns.items()}
+            self._rows = {
+                name: _Rows(row, capacity) if isinstance(row, np.ndarray) else _NestedRows(row, capacity)
+                for name, row in columns.items()
+            }
         for name, rows in self._rows.items():
             rows.append(columns[name])
         self._infos.append(infos)
@@ -383,6 +418,7 @@ class _Rollout:
             self.num_steps += int((~was_over).sum())
             for env_index in np.flatnonzero(was_over).tolist():
                 self._add_reset(env_index)
+            self._begin_states(was_over)
         self._total_length += len(was_over) * len(self._times) - sum(self._start)
         events = self._over | was_over
         if not events.any():
@@ -399,6 +435,15 @@ class _Rollout:
         self._episodes[env_index].add_env_reset(self._obs[env_index].copy(), self._infos[-1][env_index])
         self._observed(self._episodes[env_index])
         self._start[env_index] = len(self._times)
+
+    def _begin_states(self, reset: np.ndarray) -> None:
+        """Takes a recurrent module back to its initial state where an episode begins."""
+        if self._states is not None:
+            self._states = tree.map_structure(
+                lambda x, first: np.where(reset.reshape(-1, *[1] * (x.ndim - 1)), first, x),
+                self._states,
+                self._initial_states,
+            )
 
     def _finish(self, env_index: int, terminated: bool, truncated: bool) -> None:
         episode = self._episodes[env_index]
@@ -445,8 +490,11 @@ class _Rollout:
             self._fill(env_index)
         fragments = [episode.to_numpy() for episode in self._episodes if episode.t > 0]
         horizon = runner.config.episode_lookback_horizon
-        runner._ongoing_episodes = [_to_lists(episode.cut(horizon)) for episode in self._episodes]
-        runner._cached_to_module = convert_to_torch_tensor({Columns.OBS: self._obs}, device=runner._device)
+        runner._ongoing_episodes = [_continuation(episode, horizon) for episode in self._episodes]
+        columns = {Columns.OBS: self._obs}
+        if self._states is not None:
+            columns = {Columns.OBS: self._obs[:, None], Columns.STATE_IN: self._states}
+        runner._cached_to_module = convert_to_torch_tensor(columns, device=runner._device)
         runner._shared_data["memorized_map_structure"] = [episode.id_ for episode in runner._ongoing_episodes]
         return fragments
 
@@ -471,11 +519,26 @@ def _buffer(episode: SingleAgentEpisode, name: str) -> InfiniteLookbackBuffer:
     return episode.extra_model_outputs.setdefault(name, InfiniteLookbackBuffer())
 
 
-def _extend(buffer: InfiniteLookbackBuffer, data: np.ndarray) -> None:
-    """Adds rows to a list of items, and makes it an array."""
-    if len(buffer.data):
+def _extend(buffer: InfiniteLookbackBuffer, data: Any) -> None:
+    """Adds rows to a list of items, and makes it an array; of nested items, a nested structure of arrays."""
+    if len(buffer.data) and isinstance(data, np.ndarray):
         data = np.concatenate([np.asarray(buffer.data, data.dtype), data])
+    elif len(buffer.data):
+        before = buffer.data if buffer.finalized else batch(buffer.data)
+        data = tree.map_structure(lambda x, y: np.concatenate([x, y]), before, data)
     buffer.data, buffer.finalized = data, True
+
+
+def _continuation(episode: SingleAgentEpisode, horizon: int) -> SingleAgentEpisode:
+    """``episode.cut(horizon)`` as lists; that takes the number of a nested structure's parts for its length."""
+    states = episode.extra_model_outputs.pop(Columns.STATE_OUT, None)
+    successor = _to_lists(episode.cut(horizon))
+    if states is not None:
+        episode.extra_model_outputs[Columns.STATE_OUT] = states
+        count = len(successor.rewards.data)
+        kept = unbatch(tree.map_structure(lambda x: x[-count:], states.data)) if count else []
+        successor.extra_model_outputs[Columns.STATE_OUT] = InfiniteLookbackBuffer(kept, lookback=count)
+    return successor
 
 
 def _to_lists(episode: SingleAgentEpisode) -> SingleAgentEpisode:
@@ -488,5 +551,6 @@ def _to_lists(episode: SingleAgentEpisode) -> SingleAgentEpisode:
     )
     for buffer in buffers:
         if buffer.finalized:
-            buffer.data, buffer.finalized = list(buffer.data.copy()), False
+            nested = not isinstance(buffer.data, np.ndarray)
+            buffer.data, buffer.finalized = unbatch(buffer.data) if nested else list(buffer.data.copy()), False
     return episode
