@@ -125,3 +125,9 @@ def test_overridden_modules_are_differentiated_as_they_are(cls, odd):
     automatic = {"critic": AutogradCriticPass, "actor": AutogradActorPass}
     assert isinstance(kinds.pop(odd), automatic[odd])
     assert not isinstance(next(iter(kinds.values())), tuple(automatic.values()))
+
+
+def test_the_log_std_starts_where_the_model_config_says():
+    built = module(ACTION_SPACES["box"], initial_log_std=-1.5)
+    assert (built.pi.log_std == -1.5).all()
+    assert (module(ACTION_SPACES["box"]).pi.log_std == 0.0).all()

@@ -28,6 +28,7 @@ REFERENCE_MODEL_CONFIG: dict[str, Any] = {
     "free_log_std": True,
     "policy_head_gain": 0.01,
     "value_head_gain": 1.0,
+    "initial_log_std": 0.0,
 }
 
 
@@ -45,8 +46,9 @@ def adapted(model_config: dict[str, Any], action_space: gym.Space | None) -> dic
 class BLPOCatalog(PPOCatalog):
     """PPO's catalog with orthogonal heads.
 
-    Two entries of the model config beyond RLlib's: ``policy_head_gain`` and ``value_head_gain``, the gains of the
-    heads' last layers; None leaves RLlib's initialisation.
+    Three entries of the model config beyond RLlib's: ``policy_head_gain`` and ``value_head_gain``, the gains of the
+    heads' last layers, where None leaves RLlib's initialisation; and ``initial_log_std``, where a state-independent
+    log-std starts.
     """
 
     @override(PPOCatalog)
@@ -55,6 +57,8 @@ class BLPOCatalog(PPOCatalog):
         if self._model_config_dict.get("use_lstm") and isinstance(head, TorchFreeLogStdMLPHead):
             head = SequenceFreeLogStdHead(self.pi_head_config)
         _orthogonal_last_layer(head, self._model_config_dict.get("policy_head_gain"))
+        if isinstance(head, TorchFreeLogStdMLPHead):
+            nn.init.constant_(head.log_std, self._model_config_dict.get("initial_log_std", 0.0))
         return head
 
     @override(PPOCatalog)
