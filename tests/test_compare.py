@@ -178,6 +178,16 @@ def test_order_is_by_task_and_then_by_seed():
     plan = compare_script.ComparePlan({"cartpole": 1, "acrobot": 1}, ["blpo", "ppo_tuned"], 2, "envpool")
     cartpole = [f"cartpole_{name}_seed{seed}" for seed in (0, 1) for name in ("blpo", "ppo_tuned")]
     assert list(plan.trials()) == [*cartpole, "acrobot_blpo_seed0", "acrobot_blpo_seed1"]
+    later = compare_script.ComparePlan({"cartpole": 1}, ["blpo"], 2, "envpool", first_seed=100)
+    assert list(later.trials()) == ["cartpole_blpo_seed100", "cartpole_blpo_seed101"]
+
+
+def test_learning_rates_fall_to_0_at_the_end_of_a_run_of_any_length():
+    config = contestants.contestant("hopper", "ppo_strong", seed=0, steps=300_000, simulator="gymnasium")
+    assert config.actor_lr == config.critic_lr == [[0, 3e-4], [300_000, 0.0]]
+    config = contestants.contestant("hopper", "ppo_annealed", seed=0, steps=300_000, simulator="gymnasium")
+    assert config.lr == [[0, 3e-4], [300_000, 0.0]]
+    assert contestant("hopper", "blpo").actor_lr == 3e-4
 
 
 # The report's numbers.
@@ -255,6 +265,15 @@ def test_probability_of_improvement_is_rliables():
     ours, theirs = generator.integers(0, 5, (6, 3)).astype(float), generator.integers(0, 5, (4, 3)).astype(float)
     expected = rliable_probability_of_improvement(ours, theirs)
     assert report.probability_of_improvement(ours, theirs) == pytest.approx(expected)
+
+
+def test_published_returns_stand_beside_those_of_the_same_task():
+    runs = report.Runs(made_up_runs({"blpo_strong": 2, "ppo": 2}, algorithms=("blpo_strong", "ppo")))
+    table = report.published_table(runs)
+    assert list(table["task"]) == ["hopper"], "cartpole has no published returns"
+    assert table["PPO of Tianshou"].item() == "2,609"
+    assert table["blpo_strong"].item() == report.returns_text(runs, "hopper", "blpo_strong", report.final_return)
+    assert report.published_text(report.Runs(made_up_runs({"blpo": 2, "ppo": 2}))) == ""
 
 
 def test_steps_to_reach_interpolate():

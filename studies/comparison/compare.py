@@ -46,13 +46,14 @@ from blpo_rllib.experiments.metrics import (
     EVALUATION_RETURN,
     EVALUATION_SECONDS,
     SECONDS,
+    metric_name,
 )
 from blpo_rllib.experiments.progress import RichReporter
 from blpo_rllib.experiments.provenance import provenance
 from blpo_rllib.sweep.records import FINISHED, Recorder, TrialFiles, write_whole
 from blpo_rllib.sweep.runner import make_tuner
 from blpo_rllib.sweep.search import TrialSearch, open_trials
-from studies.comparison.contestants import NAMES, SIMULATORS, TASKS, contestant, contestants_of
+from studies.comparison.contestants import DESIGNS, NAMES, SIMULATORS, TASKS, contestant, contestants_of
 
 # The columns of the results by the name of what a run records.
 COLUMNS = {
@@ -62,7 +63,7 @@ COLUMNS = {
     EVALUATION_SECONDS: "evaluation_seconds",
     EVALUATION_RETURN: "evaluation_return",
     EPISODE_RETURN: "training_return",
-}
+} | {metric_name(name): name for name in ("approx_kl", "clip_fraction", "entropy", "mixed_grad_cosine")}
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,14 @@ class ComparePlan:
         algorithms: Of which a task takes those that there are settings for.
         seeds: Runs of each algorithm on each task, with seeds 0, 1, ...
         simulator: One of SIMULATORS.
+        first_seed: The first of the seeds, if that is not 0.
     """
 
     tasks: Mapping[str, int]
     algorithms: Sequence[str]
     seeds: int
     simulator: str
+    first_seed: int = 0
 
     stops_early = False
 
@@ -93,7 +96,7 @@ class ComparePlan:
         pairs = [
             ({"task": task, "algorithm": algorithm, "steps": steps, "simulator": self.simulator}, seed)
             for task, steps in self.tasks.items()
-            for seed in range(self.seeds)
+            for seed in range(self.first_seed, self.first_seed + self.seeds)
             for algorithm in contestants_of(task)
             if algorithm in self.algorithms
         ]
@@ -235,8 +238,9 @@ def take_folder(plan: ComparePlan, output: Path, resume: bool) -> None:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    p.add_argument("--algorithms", nargs="+", choices=NAMES, default=NAMES)
+    p.add_argument("--algorithms", nargs="+", choices=[*NAMES, *DESIGNS], default=NAMES)
     p.add_argument("--seeds", type=int, default=5, help="runs of each algorithm on each task")
+    p.add_argument("--first-seed", type=int, default=0, help="seeds count from here on")
     p.add_argument("--steps", type=int, help="environment steps of each run (by task: see contestants.py)")
     p.add_argument("--simulator", choices=SIMULATORS, default="envpool", help="of the MuJoCo tasks")
     p.add_argument("--output", type=Path, default=Path("results/compare"))
@@ -249,7 +253,7 @@ def main() -> None:
     p = parser()
     args = p.parse_args()
     tasks = {task: args.steps or steps for task, steps in TASKS.items() if task in args.tasks}
-    plan = ComparePlan(tasks, args.algorithms, args.seeds, args.simulator)
+    plan = ComparePlan(tasks, args.algorithms, args.seeds, args.simulator, args.first_seed)
     output = args.output.resolve()
     try:
         take_folder(plan, output, args.resume)

@@ -211,6 +211,30 @@ STRONG: dict[str, Contestant] = {
     "ppo_strong": lambda config: as_ppo(mixed_minibatches(config)),
 }
 NAMES = [*ALGORITHMS, *SMALL, *ANNEALED, *STRONG, "ppo_tuned"]
+
+# What was tried beside those in short runs, each blpo_strong or ppo_strong with what its name says.
+DESIGNS: dict[str, Contestant] = {
+    f"strong_{name}": lambda config, settings=settings: mixed_minibatches(config).training(**settings)
+    for name, settings in {
+        "7_nested_steps": {"num_critic_updates": 7},
+        "segments_of_8": {"segment_length": 8},
+        "whole_rollouts": {"advantage_horizon": "rollout"},
+        "whole_rollouts_7_nested_steps": {"advantage_horizon": "rollout", "num_critic_updates": 7},
+        "single_steps": {"advantage_horizon": "rollout", "segment_length": 1},
+        "correction_of_the_batch": {"correction_sample": "batch"},
+        "no_correction_clip_0.4": {"hypergradient": "none", "clip_param": 0.4},
+    }.items()
+} | {
+    "strong_less_exploration": lambda config: mixed_minibatches(config).rl_module(
+        model_config={"initial_log_std": -1.0}
+    ),
+    "ppo_strong_less_exploration": lambda config: as_ppo(mixed_minibatches(config)).rl_module(
+        model_config={"initial_log_std": -1.0}
+    ),
+    "ppo_strong_advantages_of_each_epoch": lambda config: as_ppo(mixed_minibatches(config)).training(
+        advantage_refresh="epoch", standardize_advantages=False, adam_epsilon=1e-5
+    ),
+}
 # Published for these by name.
 TUNED: dict[str, Contestant] = {"cartpole": ppo_tuned_classic} | dict.fromkeys(
     ("hopper", "walker2d", "halfcheetah", "humanoid"), ppo_tuned_mujoco
@@ -219,7 +243,7 @@ TUNED: dict[str, Contestant] = {"cartpole": ppo_tuned_classic} | dict.fromkeys(
 
 def contestants_of(task: str) -> dict[str, Contestant]:
     """Those that there are settings for, by name."""
-    return (ALGORITHMS if task in CLASSIC else PUBLISHED | SMALL | ANNEALED | STRONG) | (
+    return (ALGORITHMS if task in CLASSIC else PUBLISHED | SMALL | ANNEALED | STRONG | DESIGNS) | (
         {"ppo_tuned": TUNED[task]} if task in TUNED else {}
     )
 
@@ -235,6 +259,7 @@ def contestant(task: str, algorithm: str, seed: int, steps: int, simulator: str)
         simulator: One of SIMULATORS, for the tasks that EnvPool is quicker at.
     """
     config = contestants_of(task)[algorithm](example(task, simulator))
+    _end_schedules(config, steps)
     batch = config.train_batch_size_per_learner
     return (
         config.reporting(min_sample_timesteps_per_iteration=batch * max(1, round(steps / EVALUATIONS / batch)))
@@ -247,6 +272,14 @@ def contestant(task: str, algorithm: str, seed: int, steps: int, simulator: str)
         )
         .debugging(seed=seed, log_level="ERROR")
     )
+
+
+def _end_schedules(config: AlgorithmConfig, steps: int) -> None:
+    """Lets learning rates that fall to 0 do so at the end of this run, however long it is."""
+    for name in ("lr", "actor_lr", "critic_lr"):
+        rate = getattr(config, name, None)
+        if isinstance(rate, list) and rate[-1][1] == 0.0:
+            setattr(config, name, [*rate[:-1], [steps, 0.0]])
 
 
 def evaluate(algorithm: Algorithm, group: Any) -> tuple[dict[str, Any], int, int]:

@@ -36,7 +36,7 @@ from pandas.util import _decorators
 from scipy.stats import trim_mean
 
 from blpo_rllib.sweep.records import FINAL_SHARE, write_whole
-from studies.comparison.contestants import EVALUATION_EPISODES, NAMES, TASKS, TUNING_BUDGET, contestants_of
+from studies.comparison.contestants import EVALUATION_EPISODES, NAMES, STRONG, TASKS, TUNING_BUDGET, contestants_of
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -89,6 +89,33 @@ PAIRS = (
     ("blpo_annealed", "ppo_annealed"),
 )
 
+# PPO's returns after a million steps as others publish them, on versions 2 to 4 of the tasks: CleanRL's documentation
+# (ppo_continuous_action.py, MuJoCo v4; training returns, means of 3 seeds); the benchmark of RL Baselines3 Zoo
+# (benchmark.md; one run each, settings tuned per task); Tianshou (examples/mujoco/README.md at f240205; means over 10
+# seeds of the best evaluation).
+PUBLISHED = {
+    "CleanRL": {
+        "halfcheetah": 2637,
+        "hopper": 2741,
+        "walker2d": 2873,
+        "reacher": -4.65,
+        "pusher": -30.4,
+        "humanoid": 583,
+        "inverted_double_pendulum": 5626,
+    },
+    "SB3 Zoo": {"halfcheetah": 5819, "hopper": 2410, "walker2d": 3479, "ant": 1327, "swimmer": 282},
+    "Tianshou": {
+        "halfcheetah": 5784,
+        "hopper": 2609,
+        "walker2d": 3589,
+        "ant": 3258,
+        "swimmer": 66.7,
+        "humanoid": 787,
+        "reacher": -4.1,
+        "inverted_double_pendulum": 9231,
+    },
+}
+
 # Point, and the ends of its interval.
 Estimate = tuple[float, float, float]
 
@@ -140,7 +167,7 @@ class Runs:
         most = max(len(self.seeds(t, a)) for t in self.tasks for a in self.algorithms)
         lines = []
         for task in TASKS:
-            for algorithm in contestants_of(task):
+            for algorithm in [name for name in contestants_of(task) if name in COLORS]:
                 count = len(self.seeds(task, algorithm))
                 if count < most:
                     lines.append(f"{task}: {algorithm} has {count} of {most} seeds")
@@ -284,6 +311,20 @@ def task_table(runs: Runs) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def published_table(runs: Runs) -> pd.DataFrame:
+    """A row per task of :data:`PUBLISHED` that a contestant with PPO's usual settings has runs on."""
+    algorithms = [name for name in STRONG if name in runs.algorithms]
+    rows = []
+    for task in runs.tasks:
+        published = {source: f"{found[task]:,}" if task in found else "–" for source, found in PUBLISHED.items()}
+        ours = {
+            name: returns_text(runs, task, name, final_return) if runs.seeds(task, name) else "–" for name in algorithms
+        }
+        if set(published.values()) != {"–"} and set(ours.values()) - {"–"}:
+            rows.append({"task": task, **ours, **{f"PPO of {name}": text for name, text in published.items()}})
+    return pd.DataFrame(rows)
+
+
 def standing(runs: Runs, tasks: Sequence[str], algorithm: str, other: str) -> str:
     """Whether the interval of an algorithm's mean score lies "above" or "below" another's, or they "overlap"."""
     (_, low, high), (_, other_low, other_high) = (
@@ -368,9 +409,23 @@ def summary_text(runs: Runs) -> str:
         markdown(overall_table(runs)),
         *(standing_text(runs, *pair) for pair in PAIRS),
         markdown(task_table(runs)),
+        published_text(runs),
         f"**Missing:** {len(missing)} combinations, listed in the report." if missing else "Nothing is missing.",
     ]
     return "\n\n".join(filter(None, parts))
+
+
+def published_text(runs: Runs) -> str:
+    """Final returns beside published ones, with what to know about them."""
+    table = published_table(runs)
+    if table.empty:
+        return ""
+    return (
+        "Final returns beside those that others publish for PPO after a million steps. They are no comparison of "
+        "equals: versions 2 to 4 of the tasks, where CleanRL's are training returns of 3 seeds, those of RL "
+        "Baselines3 Zoo single runs tuned per task, and Tianshou's the best evaluations of 10 seeds.\n\n"
+        f"{markdown(table)}"
+    )
 
 
 def learning_curves(runs: Runs, axis: str, label: str) -> Any:

@@ -1,0 +1,52 @@
+"""Tables of the short runs in which designs of BLPO were tried: from screening.parquet into designs.md.
+
+    python -m studies.comparison.compare --steps 300000 --first-seed 100 --seeds 2 --tasks hopper walker2d halfcheetah \
+        --algorithms blpo_strong nested_strong ppo_strong strong_segments_of_8 ... --output results/screening
+    python -m studies.comparison.designs --results results/screening/runs.parquet
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+from blpo_rllib.sweep.records import write_whole
+from studies.comparison.report import between_markers, final_return, markdown
+
+FOLDER = Path(__file__).parent
+DIAGNOSTICS = ("approx_kl", "clip_fraction", "mixed_grad_cosine")
+
+
+def design_table(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per task and design: the final return of each seed, and means of diagnostics over the first two thirds.
+
+    In the last third the learning rates near 0, and everything that measures steps does too.
+    """
+    rows = []
+    for (task, algorithm), runs in table.groupby(["task", "algorithm"], sort=True):
+        finals = {seed: final_return(run) for seed, run in runs.groupby("seed", sort=True)}
+        early = runs[(runs["env_steps"] > 0) & (runs["env_steps"] < runs["env_steps"].max() * 2 / 3)]
+        rows.append(
+            {
+                "task": task,
+                "design": algorithm,
+                "final return (seed)": ", ".join(f"{value:,.0f} ({seed})" for seed, value in finals.items()),
+                **{name: f"{early[name].mean():.3f}" for name in DIAGNOSTICS},
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=FOLDER / "screening.parquet")
+    parser.add_argument("--page", type=Path, default=FOLDER / "designs.md")
+    args = parser.parse_args()
+    text = markdown(design_table(pd.read_parquet(args.results)))
+    write_whole(args.page, between_markers(args.page.read_text(), text))
+
+
+if __name__ == "__main__":
+    main()
