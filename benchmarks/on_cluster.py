@@ -32,7 +32,7 @@ from ray.cluster_utils import Cluster
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 
 from blpo_rllib.experiments.provenance import provenance
-from blpo_rllib.tasks import TASKS, published_batches
+from blpo_rllib.tasks import TASKS
 
 NUM_ENVS = 33
 # EnvRunners and learners by group; 0 is a local one.
@@ -49,8 +49,10 @@ def count_return(*, episode: Any, metrics_logger: Any, **_: Any) -> None:
 def setup(seed: int, num_env_runners: int, num_learners: int) -> Any:
     """The example with segments of 320 steps, of which each of two learners gets one a minibatch."""
     parts = max(1, num_learners)
-    c = published_batches(TASKS["hopper"].config()).training(
-        train_batch_size_per_learner=BATCH // parts, minibatch_size=MINIBATCH // parts, segment_length=320
+    c = (
+        TASKS["hopper"]
+        .reference()
+        .training(train_batch_size_per_learner=BATCH // parts, minibatch_size=MINIBATCH // parts, segment_length=320)
     )
     c.env_runners(num_env_runners=num_env_runners, num_envs_per_env_runner=NUM_ENVS // max(1, num_env_runners))
     c.learners(num_learners=num_learners, num_cpus_per_learner=1).callbacks(on_episode_end=count_return)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from ray.rllib.connectors.env_to_module import MeanStdFilter
 from ray.rllib.utils.typing import LearningRateOrSchedule
@@ -17,16 +18,21 @@ class Task:
     """An environment with the settings that BLPO was tuned to.
 
     Attributes:
-        config: Makes a new config with these settings.
+        reference: Makes a new config with the published settings, or the defaults where none are published.
         stop_reward: Mean episode return at which the task counts as learned.
         stop_timesteps: Environment steps of a whole run.
-        has_small_batches: Whether the settings take batches of 2,048 steps, so that the published ones are an option.
+        tune: Makes the tuned settings of those; None where they are the same.
     """
 
-    config: Callable[[], BLPOConfig]
+    reference: Callable[[], BLPOConfig]
     stop_reward: float
     stop_timesteps: int
-    has_small_batches: bool = False
+    tune: Callable[[BLPOConfig], BLPOConfig] | None = None
+
+    def config(self) -> BLPOConfig:
+        """A new config with the tuned settings."""
+        config = self.reference()
+        return config if self.tune is None else self.tune(config)
 
 
 def small_batches(config: BLPOConfig) -> BLPOConfig:
@@ -40,14 +46,7 @@ def small_batches(config: BLPOConfig) -> BLPOConfig:
     )
 
 
-def published_batches(config: BLPOConfig) -> BLPOConfig:
-    """32 environments × 640 steps, 4 epochs of 32 minibatches of one segment: the reference's, and BLPOConfig's own."""
-    return config.env_runners(num_envs_per_env_runner=32).training(
-        train_batch_size_per_learner=20480, minibatch_size=640, num_epochs=4
-    )
-
-
-def mixed_minibatches(config: BLPOConfig, steps: int = 1_000_000) -> BLPOConfig:
+def mixed_minibatches(config: BLPOConfig, initial_log_std: float = 0.0, steps: int = 1_000_000) -> BLPOConfig:
     """10 epochs of 32 minibatches of 4 segments of 16 steps out of 2,048, and rates that fall to 0 over ``steps``.
 
     PPO's usual sizes for a million steps, with minibatches that mix trajectories: on one stretch of 64 steps the
@@ -55,8 +54,10 @@ def mixed_minibatches(config: BLPOConfig, steps: int = 1_000_000) -> BLPOConfig:
     published batches.
     """
     actor_lr, critic_lr = ([[0, _first(rate)], [steps, 0.0]] for rate in (config.actor_lr, config.critic_lr))
-    return small_batches(config).training(
-        minibatch_size=64, segment_length=16, num_critic_updates=3, actor_lr=actor_lr, critic_lr=critic_lr
+    return (
+        small_batches(config)
+        .training(minibatch_size=64, segment_length=16, num_critic_updates=3, actor_lr=actor_lr, critic_lr=critic_lr)
+        .rl_module(model_config={"initial_log_std": initial_log_std})
     )
 
 
@@ -141,23 +142,24 @@ TASKS: dict[str, Task] = {
     "acrobot": Task(lambda: _classic_control("Acrobot-v1"), stop_reward=-100.0, stop_timesteps=400_000),
     # The reference has no settings of its own for the ant.
     "ant": Task(
-        lambda: small_batches(_mujoco("Ant-v5")),
+        lambda: _mujoco("Ant-v5"),
         stop_reward=3000.0,
         stop_timesteps=1_000_000,
-        has_small_batches=True,
+        tune=mixed_minibatches,
     ),
     "cartpole": Task(lambda: _classic_control("CartPole-v1"), stop_reward=475.0, stop_timesteps=500_000),
     "halfcheetah": Task(
-        lambda: small_batches(_mujoco("HalfCheetah-v5", num_critic_updates=7, bound=1.4, cross_clip=0.7)),
+        lambda: _mujoco("HalfCheetah-v5", num_critic_updates=7, bound=1.4, cross_clip=0.7),
         stop_reward=5000.0,
         stop_timesteps=1_000_000,
-        has_small_batches=True,
+        # With as much noise as usual it learns to slide on its back.
+        tune=partial(mixed_minibatches, initial_log_std=-1.0),
     ),
     "hopper": Task(
-        lambda: small_batches(_mujoco("Hopper-v5", num_critic_updates=3, bound=1.4, cross_clip=1.0)),
+        lambda: _mujoco("Hopper-v5", num_critic_updates=3, bound=1.4, cross_clip=1.0),
         stop_reward=3000.0,
         stop_timesteps=1_000_000,
-        has_small_batches=True,
+        tune=mixed_minibatches,
     ),
     "humanoid": Task(
         lambda: _mujoco("Humanoid-v5", num_critic_updates=5, bound=1.0, cross_clip=0.8),
@@ -166,31 +168,31 @@ TASKS: dict[str, Task] = {
     ),
     # The reference has no settings of its own for the next three.
     "inverted_double_pendulum": Task(
-        lambda: small_batches(_mujoco("InvertedDoublePendulum-v5")),
+        lambda: _mujoco("InvertedDoublePendulum-v5"),
         stop_reward=9000.0,
         stop_timesteps=1_000_000,
-        has_small_batches=True,
+        tune=small_batches,
     ),
     # Nor for this one; discounts and entropy bonus are those that PPO usually has on it.
     "lunarlander": Task(
-        lambda: small_batches(_box2d("LunarLander-v3")).training(gamma=0.999, lambda_=0.98, entropy_coeff=0.01),
+        lambda: _box2d("LunarLander-v3").training(gamma=0.999, lambda_=0.98, entropy_coeff=0.01),
         stop_reward=240.0,
         stop_timesteps=1_000_000,
-        has_small_batches=True,
+        tune=mixed_minibatches,
     ),
     "pusher": Task(lambda: _mujoco("Pusher-v5"), stop_reward=-45.0, stop_timesteps=1_000_000),
     "reacher": Task(lambda: _mujoco("Reacher-v5"), stop_reward=-6.0, stop_timesteps=1_000_000),
     # A stroke pays off after hundreds of steps: at a discount of 0.99 no algorithm learns to swim.
     "swimmer": Task(
-        lambda: small_batches(_mujoco("Swimmer-v5")).training(gamma=0.9999),
+        lambda: _mujoco("Swimmer-v5").training(gamma=0.9999),
         stop_reward=280.0,
         stop_timesteps=1_000_000,
-        has_small_batches=True,
+        tune=mixed_minibatches,
     ),
     "walker2d": Task(
-        lambda: small_batches(_mujoco("Walker2d-v5", num_critic_updates=3, bound=0.8, cross_clip=0.84)),
+        lambda: _mujoco("Walker2d-v5", num_critic_updates=3, bound=0.8, cross_clip=0.84),
         stop_reward=4000.0,
         stop_timesteps=1_000_000,
-        has_small_batches=True,
+        tune=mixed_minibatches,
     ),
 }

@@ -16,7 +16,7 @@ from scipy.stats import trim_mean
 from blpo_rllib import BLPOConfig
 from blpo_rllib.experiments import command_line
 from blpo_rllib.learning.connectors import DivideRewards, RewardScale
-from blpo_rllib.tasks import TASKS, published_batches
+from blpo_rllib.tasks import TASKS
 from studies.comparison import compare as compare_script
 from studies.comparison import contestants, report
 
@@ -309,20 +309,18 @@ def test_all_tuned_tasks_are_compared():
     assert all(isinstance(contestants.example(task, "gymnasium"), BLPOConfig) for task in contestants.TASKS)
 
 
-@pytest.mark.parametrize("task", ["inverted_double_pendulum", "hopper", "walker2d", "halfcheetah"])
-def test_examples_have_the_published_batches_as_an_option(task, monkeypatch):
-    config = TASKS[task].config()
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.tune])
+def test_examples_have_the_published_settings_as_an_option(task, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        command_line, "run_rllib_example_script_experiment", lambda config, *_, **__: seen.append(config)
-    )
+    monkeypatch.setattr(command_line, "run_rllib_command_line_experiment", lambda config, *_, **__: seen.append(config))
     for options in ([], ["--published-batches"]):
         monkeypatch.setattr(sys, "argv", ["example", "--no-tune", *options])
-        command_line.run_example(config.copy(), stop_reward=1.0, stop_timesteps=1, published=published_batches)
-    of_segments = ("num_envs_per_env_runner", "train_batch_size_per_learner", "minibatch_size", "num_epochs")
-    small, published = ([getattr(c, name) for name in of_segments] for c in seen)
-    assert small == [16, 2048, 512, 10]
-    assert published == [32, 20480, 640, 4] == [getattr(BLPOConfig(), name) for name in of_segments]
-    same = {name: value for name, value in seen[0].to_dict().items() if not callable(value)}
-    differing = {name for name, value in same.items() if seen[1].to_dict()[name] != value}
-    assert differing == {*of_segments, "_train_batch_size_per_learner"} - {"train_batch_size_per_learner"}
+        command_line.run_task(task)
+    of_batches = ("num_envs_per_env_runner", "train_batch_size_per_learner", "num_epochs", "minibatch_size")
+    tuned, published = ([getattr(c, name) for name in of_batches] for c in seen)
+    assert tuned == [16, 2048, 10, 512 if task == "inverted_double_pendulum" else 64]
+    assert published == [32, 20480, 4, 640] == [getattr(BLPOConfig(), name) for name in of_batches]
+    assert (seen[1].actor_lr, seen[1].critic_lr, seen[1].segment_length) == (3e-4, 1.2e-3, None)
+    assert seen[1].model_config.get("initial_log_std") == 0.0
+    for config in seen:
+        config.validate()

@@ -29,7 +29,7 @@ from ray.tune.utils import flatten_dict
 from blpo_rllib import checkpoints
 from blpo_rllib.blpo import BLPOConfig
 from blpo_rllib.experiments.tracking import watched
-from blpo_rllib.tasks import TASKS, published_batches
+from blpo_rllib.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def run_task(name: str) -> Any:
         task.config(),
         stop_reward=task.stop_reward,
         stop_timesteps=task.stop_timesteps,
-        published=published_batches if task.has_small_batches else None,
+        published=task.reference if task.tune else None,
     )
 
 
@@ -55,7 +55,7 @@ def run_example(
     *,
     stop_reward: float,
     stop_timesteps: int,
-    published: Callable[[BLPOConfig], BLPOConfig] | None = None,
+    published: Callable[[], BLPOConfig] | None = None,
 ) -> Any:
     """Trains ``config`` as the command line says: ``--num-env-runners``, ``--num-learners``, ``--as-test`` and so on.
 
@@ -63,7 +63,7 @@ def run_example(
         config: The tuned settings; the command line overrides them.
         stop_reward: Default of ``--stop-reward``, the mean episode return at which training ends.
         stop_timesteps: Default of ``--stop-timesteps``, the number of environment steps at which it ends.
-        published: Gives a config the published batches, with ``--published-batches``; None: there is no such option.
+        published: Makes the published settings, for ``--published-batches``; None: there is no such option.
 
     Returns:
         Tune's results, or with ``--no-tune`` the last result.
@@ -73,7 +73,7 @@ def run_example(
     """
     args = parse_command_line(stop_reward, stop_timesteps, has_published_batches=published is not None)
     if published and args.published_batches:
-        config = published(config)
+        config = published()
     if args.no_tune:
         config.debugging(seed=args.seed)
         return run_rllib_example_script_experiment(config, args, **watched(config, args))

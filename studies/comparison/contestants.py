@@ -1,14 +1,14 @@
 """Who competes in compare.py, on what: the tasks, and for each the configurations of BLPO, its variants and PPO.
 
 Settings. BLPO's are those of ``blpo_rllib/tasks.py``: the published ones where there are any, else the defaults; on
-MuJoCo tasks with both sizes of batch (``small_batches``, ``published_batches`` there). Nobody is tuned here: each
+MuJoCo tasks with several sizes of batch (``small_batches`` and ``mixed_minibatches`` there). Nobody is tuned here: each
 contestant has one setting per task (:data:`TUNING_BUDGET`), so that everyone gets the same effort. Effort before this
 comparison differs: the paper's authors chose the nested steps N, the bound b and the cross clip ε_F of six tasks from
 N in {2, 3, 5, 7, 10}, b in {0.8, 1, 1.2, 1.4, 2}, ε_F in {0.8, 1, 1.2}; what RLlib tried for its own settings is not
 known. The small batches are PPO's usual ones for MuJoCo, RLlib's own among them; no others were tried.
 
 ============= ========================================================================================
-blpo          the tuned example, on MuJoCo tasks with the published batches
+blpo          the published settings
 blpo_cg       the same with 20 conjugate-gradient steps on the undamped Hessian instead of Nyström's rows
 nested_ppo    the same without the hypergradient: nested critic steps alone
 ppo           RLlib's PPO learner with the example's networks, batch, epochs, minibatch size, discounts, clip and
@@ -18,8 +18,8 @@ nested_small  nested_ppo with these batches
 ppo_small     ppo with these batches
 blpo_annealed blpo_small with an actor's learning rate that falls to 0 over the run's steps
 ppo_annealed  ppo_small with the same rate, its critic's too
-blpo_strong   blpo_small with minibatches of 64 steps, 4 segments of 16 from anywhere in the batch, and both rates
-              falling to 0 over the run's steps
+blpo_strong   the tuned settings: blpo_small with 3 nested steps in minibatches of 64 steps, 4 segments of 16 from
+              anywhere in the batch, and both rates falling to 0 over the run's steps
 nested_strong the same without the hypergradient
 ppo_strong    PPO as CleanRL, Stable-Baselines3 and Tianshou set it up: minibatches of 64 shuffled steps, standardised
               advantages, a rate of 3e-4 that falls to 0; computed by this project's update, whose settings make it PPO
@@ -58,7 +58,7 @@ from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLMod
 from blpo_rllib.sampling.env_runner import BatchedEnvRunner
 from blpo_rllib.sampling.envpool import PREFIX
 from blpo_rllib.tasks import TASKS as TUNED_TASKS
-from blpo_rllib.tasks import as_ppo, mixed_minibatches, published_batches, small_batches
+from blpo_rllib.tasks import as_ppo, mixed_minibatches, small_batches
 
 # A contestant's configuration, from the tuned example of the task.
 Contestant = Callable[[BLPOConfig], AlgorithmConfig]
@@ -93,17 +93,11 @@ EVALUATIONS = 12
 
 
 def example(task: str, simulator: str) -> BLPOConfig:
-    """The tuned example of a task, on one simulator thread."""
-    config = TUNED_TASKS[task].config()
+    """The published settings of a task, or the defaults, on one simulator thread."""
+    config = TUNED_TASKS[task].reference()
     if task not in CLASSIC and simulator == "envpool":
         config.environment(f"{PREFIX}{config.env}", env_config={"num_threads": 1})
     return config
-
-
-def published(task: str, simulator: str) -> BLPOConfig:
-    """The same with the published batches."""
-    config = example(task, simulator)
-    return config if task in CLASSIC else published_batches(config)
 
 
 def annealed(config: BLPOConfig) -> BLPOConfig:
@@ -194,9 +188,6 @@ ALGORITHMS: dict[str, Contestant] = {
     "nested_ppo": lambda config: config.training(hypergradient="none"),
     "ppo": ppo,
 }
-PUBLISHED: dict[str, Contestant] = {
-    name: lambda config, make=make: make(published_batches(config)) for name, make in ALGORITHMS.items()
-}
 SMALL: dict[str, Contestant] = {
     f"{name}_small": lambda config, make=ALGORITHMS[algorithm]: make(small_batches(config))
     for name, algorithm in (("blpo", "blpo"), ("nested", "nested_ppo"), ("ppo", "ppo"))
@@ -205,14 +196,11 @@ ANNEALED: dict[str, Contestant] = {
     f"{name}_annealed": lambda config, make=ALGORITHMS[name]: make(annealed(small_batches(config)))
     for name in ("blpo", "ppo")
 }
-STRONG: dict[str, Contestant] = {
-    "blpo_strong": mixed_minibatches,
-    "nested_strong": lambda config: mixed_minibatches(config).training(hypergradient="none"),
-    "ppo_strong": lambda config: as_ppo(mixed_minibatches(config)),
-}
+STRONG = ("blpo_strong", "nested_strong", "ppo_strong")
 NAMES = [*ALGORITHMS, *SMALL, *ANNEALED, *STRONG, "ppo_tuned"]
 
-# What was tried beside those in short runs, each blpo_strong or ppo_strong with what its name says.
+# What was tried beside those in short runs: the BLPO or PPO of STRONG with exploration that starts at a deviation of 1
+# on all tasks, unless the name says another, and with what else it says.
 DESIGNS: dict[str, Contestant] = {
     f"strong_{name}": lambda config, settings=settings: mixed_minibatches(config).training(**settings)
     for name, settings in {
@@ -223,14 +211,12 @@ DESIGNS: dict[str, Contestant] = {
         "single_steps": {"advantage_horizon": "rollout", "segment_length": 1},
         "correction_of_the_batch": {"correction_sample": "batch"},
         "no_correction_clip_0.4": {"hypergradient": "none", "clip_param": 0.4},
+        "deviation_1": {},
     }.items()
 } | {
-    "strong_less_exploration": lambda config: mixed_minibatches(config).rl_module(
-        model_config={"initial_log_std": -1.0}
-    ),
-    "ppo_strong_less_exploration": lambda config: as_ppo(mixed_minibatches(config)).rl_module(
-        model_config={"initial_log_std": -1.0}
-    ),
+    "strong_deviation_0.37": lambda config: mixed_minibatches(config, initial_log_std=-1.0),
+    "ppo_strong_deviation_1": lambda config: as_ppo(mixed_minibatches(config)),
+    "ppo_strong_deviation_0.37": lambda config: as_ppo(mixed_minibatches(config, initial_log_std=-1.0)),
     "ppo_strong_advantages_of_each_epoch": lambda config: as_ppo(mixed_minibatches(config)).training(
         advantage_refresh="epoch", standardize_advantages=False, adam_epsilon=1e-5
     ),
@@ -241,9 +227,20 @@ TUNED: dict[str, Contestant] = {"cartpole": ppo_tuned_classic} | dict.fromkeys(
 )
 
 
+def strong(task: str) -> dict[str, Contestant]:
+    """Those of STRONG: the tuned settings where they are of that kind, else the same sizes of batch."""
+    tuned = TUNED_TASKS[task].tune
+    blpo = mixed_minibatches if tuned in (None, small_batches) else tuned
+    return {
+        "blpo_strong": blpo,
+        "nested_strong": lambda config: blpo(config).training(hypergradient="none"),
+        "ppo_strong": lambda config: as_ppo(blpo(config)),
+    }
+
+
 def contestants_of(task: str) -> dict[str, Contestant]:
     """Those that there are settings for, by name."""
-    return (ALGORITHMS if task in CLASSIC else PUBLISHED | SMALL | ANNEALED | STRONG | DESIGNS) | (
+    return (ALGORITHMS if task in CLASSIC else ALGORITHMS | SMALL | ANNEALED | strong(task) | DESIGNS) | (
         {"ppo_tuned": TUNED[task]} if task in TUNED else {}
     )
 
