@@ -73,7 +73,7 @@ def test_variants_differ_from_blpo_in_the_hypergradient_alone():
     for algorithm in ("blpo_cg", "nested_ppo"):
         variant = contestant("walker2d", algorithm).to_dict()
         differing = {name for name in blpo if blpo[name] != variant[name] and not callable(blpo[name])}
-        assert differing - {"evaluation_config"} == {"hypergradient"}
+        assert differing - {"evaluation_config", "set_by_user"} == {"hypergradient"}
 
 
 def test_networks_and_normalisation_of_ppo_are_those_of_blpo():
