@@ -312,7 +312,9 @@ def test_all_tuned_tasks_are_compared():
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.tune])
 def test_examples_have_the_published_settings_as_an_option(task, monkeypatch):
     seen = []
-    monkeypatch.setattr(command_line, "run_rllib_command_line_experiment", lambda config, *_, **__: seen.append(config))
+    monkeypatch.setattr(
+        command_line, "run_rllib_example_script_experiment", lambda config, *_, **__: seen.append(config)
+    )
     for options in ([], ["--published-batches"]):
         monkeypatch.setattr(sys, "argv", ["example", "--no-tune", *options])
         command_line.run_task(task)
