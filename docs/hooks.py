@@ -20,6 +20,8 @@ PACKAGE = "blpo_rllib"
 BESIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "cluster/README.md", "studies/*/README.md", "studies/*/results/**/*.png")
 # What the search needs where pages are opened as files: the theme loads it from the network, this site has its own.
 SHIM, OWN_SHIM = "https://unpkg.com/iframe-worker/shim", "assets/iframe-worker/shim.js"
+# Pages whose tables need the room of the table of contents.
+WIDE = ("studies/comparison/README.md",)
 RELATIVE_LINK = re.compile(r"\]\((?![a-z]+:|[#/<])([^)\s#]+)")
 
 
@@ -55,6 +57,8 @@ def dotted(path: Path) -> str:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Points relative links, which are right in the repository, to where their targets are in the site."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     source = page.file.abs_src_path
     if source is None:
         return markdown

@@ -373,8 +373,9 @@ def interval_text(value: Estimate | None, digits: int) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table."""
-    lines = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
+    """A Markdown table; names stand left, numbers right."""
+    rule = ["---" if name in ("task", "algorithm") else "---:" for name in table.columns]
+    lines = [list(table.columns), rule, *table.astype(str).to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
