@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from mkdocs.exceptions import PluginError
 
+from blpo_rllib import ppo_settings
 from docs import hooks
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +22,11 @@ def test_readme_is_short_and_its_links_lead_somewhere():
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", text)
     assert len(targets) > 20
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_table_of_ppo_settings_is_the_one_that_validation_follows():
+    page = (ROOT / "docs" / "from-ppo.md").read_text()
+    assert f"<!-- settings:begin -->\n{ppo_settings.markdown()}\n<!-- settings:end -->" in page
 
 
 BROKEN = """
