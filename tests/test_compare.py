@@ -19,6 +19,7 @@ from blpo_rllib.learning.connectors import DivideRewards, RewardScale
 from blpo_rllib.tasks import TASKS
 from studies.comparison import compare as compare_script
 from studies.comparison import contestants, report
+from studies.designs import designs
 
 ROOT = Path(__file__).parent.parent
 
@@ -274,6 +275,17 @@ def test_published_returns_stand_beside_those_of_the_same_task():
     assert table["PPO of Tianshou"].item() == "2,609"
     assert table["blpo_strong"].item() == report.returns_text(runs, "hopper", "blpo_strong", report.final_return)
     assert report.published_text(report.Runs(made_up_runs({"blpo": 2, "ppo": 2}))) == ""
+
+
+def test_designs_have_a_row_each_with_their_seeds():
+    made = made_up_runs({"blpo_strong": 2, "strong_single_steps": 1}, algorithms=("blpo_strong", "strong_single_steps"))
+    made = made.assign(**dict.fromkeys(designs.DIAGNOSTICS, made["env_steps"] / 1000))
+    table = designs.design_table(made)
+    assert list(table["design"]) == ["blpo_strong", "strong_single_steps"] * 2
+    finals = [curve(made, "cartpole", "blpo_strong", seed)[-2:].mean() for seed in (0, 1)]
+    assert table["final return (seed)"][0] == f"{finals[0]:.0f} (0), {finals[1]:.0f} (1)"
+    # Steps 100 to 600 of 1000.
+    assert table["approx_kl"][0] == "0.350"
 
 
 def test_steps_to_reach_interpolate():

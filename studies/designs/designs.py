@@ -1,8 +1,8 @@
-"""Tables of the short runs in which designs of BLPO were tried: from screening.parquet into designs.md.
+"""The table of the short runs in which designs of BLPO were tried, on the page beside this file.
 
-    python -m studies.comparison.compare --steps 300000 --first-seed 100 --seeds 2 --tasks hopper walker2d halfcheetah \
-        --algorithms blpo_strong nested_strong ppo_strong strong_segments_of_8 ... --output results/screening
-    python -m studies.comparison.designs --results results/screening/runs.parquet
+    python -m studies.comparison.compare --steps 300000 --first-seed 100 --seeds 2 --tasks hopper walker2d halfcheetah
+        --algorithms blpo_strong nested_strong ppo_strong strong_segments_of_8 --output results/designs
+    python -m studies.designs.designs --results results/designs/runs.parquet
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def design_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=FOLDER / "screening.parquet")
-    parser.add_argument("--page", type=Path, default=FOLDER / "designs.md")
+    parser.add_argument("--results", type=Path, default=FOLDER / "results" / "runs.parquet")
+    parser.add_argument("--page", type=Path, default=FOLDER / "README.md")
     args = parser.parse_args()
     text = markdown(design_table(pd.read_parquet(args.results)))
     write_whole(args.page, between_markers(args.page.read_text(), text))
