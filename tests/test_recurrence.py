@@ -1,6 +1,8 @@
 """Recurrent modules: sequences, their states, and the hypergradient through the recurrence."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -9,7 +11,12 @@ import torch
 from episodes import OBS_SIZE, episode
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch import TorchRLModule
+from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
+from test_data_parallel import Meeting, ThreadReduction
+from test_learner import assert_equal
+from test_update import SETTINGS
 from torch import nn
 
 from blpo_rllib import BLPOConfig
@@ -20,7 +27,9 @@ from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom
 from blpo_rllib.core.minibatch import slots
 from blpo_rllib.core.networks import flatten, unflatten
 from blpo_rllib.core.reduction import Reduction
-from blpo_rllib.core.segments import SegmentBatch, layout_segments
+from blpo_rllib.core.segments import SegmentBatch, SegmentPlan, layout_segments
+from blpo_rllib.core.update import BilevelUpdate
+from blpo_rllib.learning.connectors import MINIBATCH_SIZE, PackSegments
 from blpo_rllib.learning.players import RLModulePlayers
 from blpo_rllib.learning.recurrence import PLACE, Sequences, places, recurrent_observation
 
@@ -95,8 +104,6 @@ def config(cls=None, max_seq_len=4, **training):
     model_config = {"max_seq_len": max_seq_len}
     if cls is None:
         return base.rl_module(model_config=model_config | {"use_lstm": True, "lstm_cell_size": 6, "fcnet_hiddens": [5]})
-    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
-
     return base.rl_module(rl_module_spec=RLModuleSpec(module_class=cls, model_config=model_config))
 
 
@@ -121,8 +128,6 @@ def play(module, length, rng, **kwargs):
             states.append(out[Columns.STATE_OUT])
         inputs = torch.stack(inputs)
         logp = inputs[:length].log_softmax(-1)[range(length), made.get_actions()]
-    from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
-
     lookback = 1 if kwargs.get("t_started") else 0
     kept = states[1 - lookback : length + 1]
     made.extra_model_outputs = {
@@ -166,6 +171,60 @@ def test_values_and_policies_of_slots_are_those_met_while_sampling(cls, max_seq_
     assert used.sum() > 79
     for o, v in found:
         assert v == pytest.approx(expected[tuple(o)], abs=1e-5)
+
+
+def test_checkpointed_learner_makes_the_same_next_update_bit_for_bit(tmp_path):
+    learner = config().build_learner()
+    rng = np.random.default_rng(0)
+    module = learner.module["default_policy"]
+    batches = [[play(module, 16, rng, t_started=t)[0] for t in (0, 3)] for _ in range(2)]
+    learner.update(episodes=copy.deepcopy(batches[0]), minibatch_size=16, num_epochs=2, timesteps={})
+    learner.save_to_path(tmp_path)
+    restored = config().build_learner()
+    restored.restore_from_path(tmp_path)
+    states = []
+    for each in (learner, restored):
+        each.update(episodes=copy.deepcopy(batches[1]), minibatch_size=16, num_epochs=2, timesteps={})
+        states.append(each.get_state(not_components="metrics_logger"))
+    assert_equal(*states)
+
+
+def test_a_learner_without_a_step_takes_part():
+    learner = config().build_learner()
+    pack = PackSegments(lambda *_: {"default_policy": SegmentPlan(2, 0)}, learner._blank_item)
+    columns = pack(rl_module=learner.module, batch={}, shared_data={MINIBATCH_SIZE: 4})["default_policy"]
+    segments = learner._segment_batch("default_policy", columns)
+    assert len(segments) == 2
+    assert segments.step.sum() == 0
+    for part in segments.split(1):
+        values = learner._bilevel_updates["default_policy"]._players.critic(slots(part.obs)).values
+        assert values.isfinite().all()
+
+
+def test_two_learners_make_the_update_of_one():
+    torch.manual_seed(0)
+    batch, _ = recurrent_batch()
+    shares, after = batch.split(1), []
+    settings = replace(SETTINGS, num_epochs=2)
+    for size in (1, 2):
+        meeting = Meeting(size)
+        modules = [two_lstms() for _ in range(size)]
+
+        def run(rank, size=size, meeting=meeting, modules=modules):
+            players = RLModulePlayers(modules[rank], "m")
+            optimizers = [torch.optim.Adam(p, lr=1e-2) for p in (players.actor_parameters, players.critic_parameters)]
+            update = BilevelUpdate(
+                players, *optimizers, Hessian, Nystrom(3, 0.5, 1.0), 0, ThreadReduction(meeting, rank)
+            )
+            update.run(batch if size == 1 else shares[rank], 1, settings)
+
+        with ThreadPoolExecutor(size) as pool:
+            list(pool.map(run, range(size)))
+        after.append([flatten([p.detach() for p in module.parameters()]) for module in modules])
+    ((one,), (first, second)) = after
+    assert (one - flatten([p.detach() for p in two_lstms().parameters()])).norm() > 0.1
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, one, rtol=1e-9, atol=1e-11)
 
 
 def test_what_a_recurrent_module_must_say():
@@ -276,15 +335,20 @@ def gradient(function, x):
     return torch.autograd.grad(function(x.requires_grad_()), x)[0]
 
 
-@pytest.fixture(scope="module")
-def oracle():
-    """A float64 module, its batch, and by finite differences g_θ, v, the Hessian and the mixed derivative."""
+def two_lstms():
+    """In float64, always with the same weights."""
     torch.manual_seed(1)
-    module = TwoLSTMs(
+    return TwoLSTMs(
         observation_space=gym.spaces.Box(-1, 1, (OBS_SIZE,), np.float32),
         action_space=gym.spaces.Discrete(NUM_ACTIONS),
         model_config={"max_seq_len": 3},
     ).double()
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """A float64 module, its batch, and by finite differences g_θ, v, the Hessian and the mixed derivative."""
+    module = two_lstms()
     players = RLModulePlayers(module, "m")
     batch, masks = recurrent_batch()
     targets = torch.randn(2, 9, dtype=FLOAT64)

@@ -1,0 +1,115 @@
+"""A task that needs memory: CartPole without velocities, BLPO and RLlib's PPO with the same LSTM.
+
+    python -m studies.recurrence.stateless_cartpole --seeds 0 1 2            # both algorithms, one after the other
+    python -m studies.recurrence.stateless_cartpole --algorithms blpo --seeds 0
+
+The environment is RLlib's example ``StatelessCartPole`` with episodes of at most 500 steps. Actor and critic have an
+encoder of one layer and an LSTM each. PPO has RLlib's own learner with its defaults and, like BLPO, this project's
+sampling, which makes the same episodes as RLlib's in less time. A run ends when the mean return of the last 100
+episodes reaches ``--stop-reward``, or at ``--stop-timesteps``. Every run is kept in results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import ray
+import torch
+from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.examples.envs.classes.stateless_cartpole import StatelessCartPole
+from ray.tune.registry import register_env
+
+from blpo_rllib import BLPOConfig
+from blpo_rllib.experiments.provenance import provenance
+from blpo_rllib.sampling.env_runner import BatchedEnvRunner
+
+OUTPUT = Path(__file__).parent / "results"
+ENV = "stateless_cartpole"
+NETWORK = {
+    "use_lstm": True,
+    "max_seq_len": 10,
+    "lstm_cell_size": 32,
+    "fcnet_hiddens": [32],
+    "fcnet_activation": "tanh",
+    "vf_share_layers": False,
+}
+BATCHES = {"train_batch_size_per_learner": 1024, "minibatch_size": 256, "num_epochs": 6}
+SUCCESS = 350.0
+
+
+def config(algorithm: str, seed: int) -> PPOConfig:
+    """The settings of one run."""
+    register_env(ENV, lambda _: gym.wrappers.TimeLimit(StatelessCartPole(), 500))
+    if algorithm == "blpo":
+        base: PPOConfig = BLPOConfig().training(actor_lr=1e-3, critic_lr=3e-3, target_kl=0.02, **BATCHES)
+    else:
+        base = PPOConfig().training(lr=1e-3, vf_clip_param=np.inf, **BATCHES)
+    return (
+        base.environment(ENV)
+        .env_runners(num_env_runners=0, num_envs_per_env_runner=8, env_runner_cls=BatchedEnvRunner)
+        .rl_module(model_config=NETWORK)
+        .debugging(seed=seed, log_level="ERROR")
+    )
+
+
+def curve(algorithm: str, seed: int, stop_timesteps: int, stop_reward: float) -> Iterator[tuple[int, float]]:
+    """Environment steps taken and mean return of the last 100 episodes, after each iteration."""
+    algo = config(algorithm, seed).build_algo()
+    steps, mean = 0, 0.0
+    while steps < stop_timesteps and not mean >= stop_reward:
+        results = algo.train()["env_runners"]
+        steps, mean = int(results["num_env_steps_sampled_lifetime"]), float(results["episode_return_mean"])
+        yield steps, mean
+    algo.stop()
+
+
+def run(algorithm: str, seed: int, stop_timesteps: int, stop_reward: float) -> dict[str, Any]:
+    """One run; its curve is printed as it grows."""
+    rows = []
+    for i, (steps, mean) in enumerate(curve(algorithm, seed, stop_timesteps, stop_reward)):
+        rows.append((steps, round(mean, 1)))
+        if i % 5 == 0:
+            print(f"{algorithm} seed {seed}: {steps:>7,} steps, return {mean:.0f}", flush=True)
+    return {"algorithm": algorithm, "seed": seed, "curve": rows, "stop_reward": stop_reward, "provenance": provenance()}
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """When each run first reached :data:`SUCCESS`, its best mean return, and where it ended."""
+    lines = [
+        f"| algorithm | seed | steps to {SUCCESS:.0f} | best return | last return | at steps |",
+        "|---|---|---|---|---|---|",
+    ]
+    for each in sorted(runs, key=lambda x: (x["algorithm"], x["seed"])):
+        curve = each["curve"]
+        reached = [steps for steps, mean in curve if mean >= SUCCESS]
+        first = f"{reached[0]:,}" if reached else "not reached"
+        best, (steps, last) = max(mean for _, mean in curve), curve[-1]
+        lines.append(f"| {each['algorithm']} | {each['seed']} | {first} | {best:.0f} | {last:.0f} | {steps:,} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algorithms", nargs="+", choices=["blpo", "ppo"], default=["blpo", "ppo"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--stop-timesteps", type=int, default=300_000)
+    parser.add_argument("--stop-reward", type=float, default=400.0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    OUTPUT.mkdir(exist_ok=True)
+    for algorithm in args.algorithms:
+        for seed in args.seeds:
+            result = run(algorithm, seed, args.stop_timesteps, args.stop_reward)
+            (OUTPUT / f"{algorithm}_seed{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
+    ray.shutdown()
+    print(table([json.loads(path.read_text()) for path in sorted(OUTPUT.glob("*.json"))]))
+
+
+if __name__ == "__main__":
+    main()
