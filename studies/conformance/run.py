@@ -4,7 +4,7 @@
     python -m studies.conformance.run --only lstm         # those whose name contains this
     python -m studies.conformance.run --missing           # those not known to train
 
-Each script runs in a process of its own, for one iteration of about a thousand steps: the options ``--stop-iters=1
+Each script runs in a process of its own, for one iteration of a few hundred steps: the options ``--stop-iters=1
 --no-tune --num-env-runners=0``, and defaults of the algorithms made small where the script sets nothing itself. A run
 counts as trained if it ends by itself, its algorithm has taken at least one step of training, and all of the learners
 were BLPO's. A script that does not train is run under PPO too, once: if it does not train there either, it is out. What

@@ -13,7 +13,7 @@ from typing import Any
 from studies.conformance.scripts import Script
 
 # Where a script sets nothing itself.
-SMALL_BATCH = 1024
+SMALL_BATCH = 256
 COMMON = ["--no-tune", "--stop-iters=1", "--num-env-runners=0"]
 
 
