@@ -374,7 +374,7 @@ def interval_text(value: Estimate | None, digits: int) -> str:
 
 def markdown(table: pd.DataFrame) -> str:
     """A Markdown table; names stand left, numbers right."""
-    rule = ["---" if name in ("task", "algorithm") else "---:" for name in table.columns]
+    rule = ["---" if name in ("task", "algorithm", "design") else "---:" for name in table.columns]
     lines = [list(table.columns), rule, *table.astype(str).to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
