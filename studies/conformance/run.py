@@ -120,8 +120,8 @@ def table() -> str:
     trained = sum(outcomes[script.name]["BLPO"]["kind"] == "trained" for script in known)
     return "\n".join(
         [
-            f"{about['date']}, Ray {about['ray']}, torch {about['torch']}: {trained} of {len(rows)} runs train under BLPO "
-            "with one line changed.",
+            f"{about['date']}, Ray {about['ray']}, torch {about['torch']}: {trained} of {len(rows)} runs train under "
+            "BLPO with one line changed.",
             "",
             "| script | under BLPO | the line, or why not |",
             "|---|---|---|",
