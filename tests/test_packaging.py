@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # The distributions whose names differ from those of their modules.
-DISTRIBUTIONS = {"tree": "dm-tree", "yaml": "pyyaml", "griffe": "griffelib", "Box2D": "box2d"}
+DISTRIBUTIONS = {"tree": "dm-tree", "yaml": "pyyaml", "griffe": "griffelib", "Box2D": "box2d", "PIL": "pillow"}
 # Clients that tests of cluster files use where they happen to be there, and skip otherwise.
 OPTIONAL = {"botocore"}
 
@@ -50,7 +50,8 @@ def third_party(path):
             modules = [node.module]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require":
             first = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
-            modules, extra = [first.value], node.args[1].value
+            # Names in variables are those of other calls.
+            modules, extra = [first.value] if isinstance(first, ast.Constant) else [], node.args[1].value
         for module in (m.partition(".")[0] for m in modules):
             if module not in sys.stdlib_module_names | own:
                 yield DISTRIBUTIONS.get(module, module.replace("_", "-")), extra
