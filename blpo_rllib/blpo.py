@@ -220,7 +220,7 @@ class BLPOConfig(PPOConfig):
                 iteration's last. None: all epochs, always.
             target_kl: KL divergence > 0, averaged over an iteration, that the actor's learning rate is steered to: the
                 rate is divided by 1.5 where the policy moved more than twice as far, multiplied by 1.5 where less than
-                half as far, and stays between 1/100 and 10 times ``actor_lr``. None: the rate is ``actor_lr``.
+                half as far, and stays between 1/100 of ``actor_lr`` and ``actor_lr``. None: the rate is ``actor_lr``.
             num_critic_updates: N >= 1, nested critic steps per minibatch, before the actor's step.
             segment_length: Steps per trajectory segment, >= 1. None: the rollout fragment, i.e. all steps an
                 environment contributes to a batch. Shorter segments make smaller minibatches possible, but advantages

@@ -51,12 +51,20 @@ def mixed_minibatches(config: BLPOConfig, initial_log_std: float = 0.0, steps: i
 
     PPO's usual sizes for a million steps, with minibatches that mix trajectories: on one stretch of 64 steps the
     correction is noise. 3 nested steps in each, on all tasks: there are 25 times as many minibatches as with the
-    published batches.
+    published batches. Where exploration noise has become small, steps of that rate would move the policy too far: it
+    is lowered where the KL divergence exceeds 0.04.
     """
     actor_lr, critic_lr = ([[0, _first(rate)], [steps, 0.0]] for rate in (config.actor_lr, config.critic_lr))
     return (
         small_batches(config)
-        .training(minibatch_size=64, segment_length=16, num_critic_updates=3, actor_lr=actor_lr, critic_lr=critic_lr)
+        .training(
+            minibatch_size=64,
+            segment_length=16,
+            num_critic_updates=3,
+            actor_lr=actor_lr,
+            critic_lr=critic_lr,
+            target_kl=0.02,
+        )
         .rl_module(model_config={"initial_log_std": initial_log_std})
     )
 
@@ -78,6 +86,7 @@ def as_ppo(config: BLPOConfig) -> BLPOConfig:
         num_critic_updates=1,
         critic_lr=config.actor_lr,
         adam_epsilon=1e-8,
+        target_kl=None,
     )
 
 

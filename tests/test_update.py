@@ -308,7 +308,7 @@ def test_epochs_end_at_the_largest_kl():
 def test_the_actors_rate_follows_the_kl_and_is_part_of_the_state():
     batch = random_batch(num_segments=4)
     far, near = twins()
-    for players, target, factors in ((far, 1e-9, (1, 1 / 1.5, 1 / 1.5**2)), (near, 1e9, (1, 1.5, 1.5**2))):
+    for players, target, factors in ((far, 1e-9, (1, 1 / 1.5, 1 / 1.5**2)), (near, 1e9, (1, 1, 1))):
         update, settings = make(players, None), replace(SETTINGS, target_kl=target)
         found = [update.run(batch, 2, settings)["actor_rate_factor"] for _ in range(3)]
         assert found == pytest.approx(factors)
@@ -318,6 +318,9 @@ def test_the_actors_rate_follows_the_kl_and_is_part_of_the_state():
         restored.set_state(copy.deepcopy(update.get_state()))
         following = restored.run(batch, 2, settings)["actor_rate_factor"]
         assert following == update.run(batch, 2, settings)["actor_rate_factor"]
-        # Without a target the rate is the schedule's again.
+        # It rises again, though not above the schedule; and without a target it is the schedule's.
+        rising = [update.run(batch, 2, replace(SETTINGS, target_kl=1e9))["actor_rate_factor"] for _ in range(9)]
+        assert rising[-1] == 1.0
+        assert rising == sorted(rising)
         update.run(batch, 2, SETTINGS)
         assert update._adams[0]._rate == 3e-3

@@ -229,11 +229,12 @@ class BilevelUpdate:
 
 def next_rate_factor(factor: float, kl: float, target: float) -> float:
     """The rule of rsl_rl (Schwarke et al. 2025, arXiv:2509.10771): a rate 1.5 times smaller where the policy moved more
-    than twice as far as ``target``, 1.5 times larger where less than half as far; within 1/100 and 10."""
+    than twice as far as ``target``, 1.5 times larger where less than half as far. Here the schedule is the ceiling: a
+    rate that falls to 0 moves the policy less and less, and is not to be raised for that."""
     if kl > 2 * target:
         return max(factor / 1.5, 1e-2)
     if kl < target / 2:
-        return min(factor * 1.5, 10.0)
+        return min(factor * 1.5, 1.0)
     return factor
 
 

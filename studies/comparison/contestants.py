@@ -199,25 +199,28 @@ ANNEALED: dict[str, Contestant] = {
 STRONG = ("blpo_strong", "nested_strong", "ppo_strong")
 NAMES = [*ALGORITHMS, *SMALL, *ANNEALED, *STRONG, "ppo_tuned"]
 
-# What was tried beside those in short runs: the BLPO or PPO of STRONG with exploration that starts at a deviation of 1
-# on all tasks, unless the name says another, and with what else it says.
+# What was tried in short runs on the way to STRONG, whose BLPO has a target for the KL divergence besides. Exploration
+# starts at a deviation of 1, unless the name says another.
 DESIGNS: dict[str, Contestant] = {
-    f"strong_{name}": lambda config, settings=settings: mixed_minibatches(config).training(**settings)
+    f"strong_{name}": lambda config, settings=settings: mixed_minibatches(config).training(target_kl=None, **settings)
     for name, settings in {
+        "correction": {},
+        "no_correction": {"hypergradient": "none"},
+        "no_correction_clip_0.4": {"hypergradient": "none", "clip_param": 0.4},
         "7_nested_steps": {"num_critic_updates": 7},
         "segments_of_8": {"segment_length": 8},
         "whole_rollouts": {"advantage_horizon": "rollout"},
         "whole_rollouts_7_nested_steps": {"advantage_horizon": "rollout", "num_critic_updates": 7},
         "single_steps": {"advantage_horizon": "rollout", "segment_length": 1},
         "correction_of_the_batch": {"correction_sample": "batch"},
-        "no_correction_clip_0.4": {"hypergradient": "none", "clip_param": 0.4},
-        "deviation_1": {},
     }.items()
 } | {
-    "strong_deviation_0.37": lambda config: mixed_minibatches(config, initial_log_std=-1.0),
-    "ppo_strong_deviation_1": lambda config: as_ppo(mixed_minibatches(config)),
-    "ppo_strong_deviation_0.37": lambda config: as_ppo(mixed_minibatches(config, initial_log_std=-1.0)),
-    "ppo_strong_advantages_of_each_epoch": lambda config: as_ppo(mixed_minibatches(config)).training(
+    "strong_correction_deviation_0.37": lambda config: mixed_minibatches(config, initial_log_std=-1.0).training(
+        target_kl=None
+    ),
+    "strong_ppo": lambda config: as_ppo(mixed_minibatches(config)),
+    "strong_ppo_deviation_0.37": lambda config: as_ppo(mixed_minibatches(config, initial_log_std=-1.0)),
+    "strong_ppo_advantages_of_each_epoch": lambda config: as_ppo(mixed_minibatches(config)).training(
         advantage_refresh="epoch", standardize_advantages=False, adam_epsilon=1e-5
     ),
 }

@@ -1,7 +1,7 @@
 """The table of the short runs in which designs of BLPO were tried, on the page beside this file.
 
 python -m studies.comparison.compare --steps 300000 --first-seed 100 --seeds 2 --tasks hopper walker2d halfcheetah
-    --algorithms blpo_strong nested_strong ppo_strong strong_segments_of_8 --output results/designs
+    --algorithms strong_correction strong_no_correction strong_ppo strong_segments_of_8 --output results/designs
 python -m studies.designs.designs --results results/designs/runs.parquet
 """
 
