@@ -32,7 +32,11 @@ from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch of ``num_envs`` rollouts of ``length`` steps, one minibatch each."""
+    """A batch of ``num_envs`` rollouts of ``length`` steps, in minibatches of one rollout each, or of some segments.
+
+    Where ``segment_length`` is given, BLPO's minibatches are ``minibatch_size`` steps in segments of that length, and
+    PPO's as many shuffled steps.
+    """
 
     num_envs: int
     length: int
@@ -41,15 +45,25 @@ class Shape:
     action_space: gym.Space
     num_critic_updates: int
     hiddens: tuple[int, ...] = (64, 64)
+    segment_length: int | None = None
+    segments_per_minibatch: int = 1
+
+    @property
+    def minibatch_size(self) -> int:
+        return (self.segment_length or self.length) * self.segments_per_minibatch
 
     @property
     def num_minibatches(self) -> int:
-        return self.num_envs * self.num_epochs
+        return self.num_envs * self.length // self.minibatch_size * self.num_epochs
 
 
 SHAPES = {
     "hopper": Shape(32, 640, 4, 11, gym.spaces.Box(-1, 1, (3,), np.float32), 3),
     "cartpole": Shape(4, 128, 4, 4, gym.spaces.Discrete(2), 5),
+    # HalfCheetah with the small minibatches that learn fastest.
+    "small": Shape(
+        8, 256, 4, 17, gym.spaces.Box(-1, 1, (6,), np.float32), 3, segment_length=16, segments_per_minibatch=4
+    ),
     "wide": Shape(64, 4096, 1, 11, gym.spaces.Box(-1, 1, (3,), np.float32), 3, (256, 256, 256)),
 }
 
@@ -68,7 +82,7 @@ def configure(config, shape: Shape, device: str, **training):
         .rl_module(model_config=model)
         .training(
             train_batch_size_per_learner=shape.num_envs * shape.length,
-            minibatch_size=shape.length,
+            minibatch_size=shape.minibatch_size,
             num_epochs=shape.num_epochs,
             **training,
         )
@@ -77,7 +91,7 @@ def configure(config, shape: Shape, device: str, **training):
 
 def learners(shape: Shape, rank: int, device: str, compiled: bool) -> dict:
     """The learners to compare, by name."""
-    nested = {"num_critic_updates": shape.num_critic_updates}
+    nested = {"num_critic_updates": shape.num_critic_updates, "segment_length": shape.segment_length}
     ppo = {"use_kl_loss": False, "lr": 3e-4, "gamma": 0.99, "lambda_": 0.95, "clip_param": 0.2}
     configs = {
         "rllib_ppo": configure(PPOConfig(), shape, device, **ppo),
@@ -128,7 +142,7 @@ def time_round(learner, batch, shape: Shape) -> float:
     start = time.perf_counter()
     learner.update(
         batch=batch,
-        minibatch_size=shape.length,
+        minibatch_size=shape.minibatch_size,
         num_epochs=shape.num_epochs,
         shuffle_batch_per_epoch=True,
         timesteps={},
@@ -169,9 +183,20 @@ def measure(shape: Shape, rank: int, device: str, rounds: int, warmup: int, comp
     }
 
 
+def matrix_product_ms(size: int = 512) -> float:
+    """Milliseconds of a float32 product of two square matrices: how fast this machine is now."""
+    a, b = torch.randn(2, size, size)
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["hopper", "cartpole"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["cartpole", "hopper", "small"])
     parser.add_argument("--rank", type=int, default=5, help="Nyström rank k")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="torch's intra-op threads")
@@ -185,6 +210,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    before = matrix_product_ms()
     results = {
         name: measure(SHAPES[name], args.rank, args.device, args.rounds, args.warmup, args.compiled)
         for name in args.shapes
@@ -194,6 +220,7 @@ def main() -> None:
             {
                 **provenance(),
                 "rank": args.rank,
+                "mm_512_ms": [round(before, 3), round(matrix_product_ms(), 3)],
                 "shapes": {name: str(asdict(SHAPES[name])) for name in args.shapes},
                 "results": results,
             },

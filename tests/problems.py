@@ -60,6 +60,10 @@ class SmallPlayers(Players):
         self.critic_parameters = list(self.critic_network.parameters())
         self.actor_parameters = [*self.actor_network.parameters(), self.log_std]
 
+    @property
+    def replayable(self):
+        return self.by_hand
+
     def columns(self, indices):
         return MLP.of([self.critic_network]).columns(indices) if self.by_hand else super().columns(indices)
 
@@ -71,7 +75,7 @@ class SmallPlayers(Players):
     def actor(self, obs, actions, old_dist_inputs) -> ActorPass:
         if self.by_hand:
             terms = lambda mean, log_std: gaussian_terms(mean, log_std, actions, old_dist_inputs)
-            clip = torch.tensor(float("inf"))
+            clip = float("inf")
             head = lambda outputs, log_std: AutogradTerms(terms, outputs, log_std)
             if old_dist_inputs is None:
                 head = lambda outputs, log_std: GaussianTerms.at(actions, clip, outputs, log_std)

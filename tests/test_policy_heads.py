@@ -24,7 +24,7 @@ def test_gaussian(clip):
     actions, mean = torch.randn(N, D, dtype=FLOAT64), torch.randn(D, N, dtype=FLOAT64)
     log_std = torch.tensor([-0.9, 0.1, 0.7], dtype=FLOAT64)[:, None].expand(-1, N)
     automatic = AutogradTerms(lambda m, s: gaussian_terms(m, s.clamp(-clip, clip), actions), mean, log_std)
-    check(GaussianTerms.at(actions, torch.tensor([clip]), mean, log_std), automatic, has_log_std=True)
+    check(GaussianTerms.at(actions, clip, mean, log_std), automatic, has_log_std=True)
 
 
 def test_categorical():

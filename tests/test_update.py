@@ -312,7 +312,7 @@ def test_the_actors_rate_follows_the_kl_and_is_part_of_the_state():
         update, settings = make(players, None), replace(SETTINGS, target_kl=target)
         found = [update.run(batch, 2, settings)["actor_rate_factor"] for _ in range(3)]
         assert found == pytest.approx(factors)
-        actor, critic = (adam._rate for adam in update._adams)
+        actor, critic = (float(adam._lr) for adam in update._adams)
         assert (actor, critic) == pytest.approx((3e-3 * factors[-1], 1e-2))
         restored = make(copy.deepcopy(players), None)
         restored.set_state(copy.deepcopy(update.get_state()))
@@ -323,4 +323,4 @@ def test_the_actors_rate_follows_the_kl_and_is_part_of_the_state():
         assert rising[-1] == 1.0
         assert rising == sorted(rising)
         update.run(batch, 2, SETTINGS)
-        assert update._adams[0]._rate == 3e-3
+        assert float(update._adams[0]._lr) == 3e-3

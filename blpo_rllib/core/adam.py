@@ -40,11 +40,12 @@ class AdamSteps:
         self._betas, self._epsilon = group["betas"], group["eps"]
         if not self._is_laid_out():
             self._lay_out()
-        # CUDA's kernel reads float32; on CPU float64 keeps the rate exact.
-        device = self._step.device
-        dtype = torch.float32 if device.type == "cuda" else torch.float64
-        self._rate = rate_factor * float(group["lr"])
-        self._lr = torch.as_tensor(self._rate, dtype=dtype, device=device)
+        self._lr.fill_(rate_factor * float(group["lr"]))
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """What a step reads and writes besides the gradient: the same arrays until the layout changes."""
+        return [self._vector, self._first, self._second, self._step, self._lr]
 
     def _is_laid_out(self) -> bool:
         """Whether parameters and state are still the views that :meth:`_lay_out` made of them."""
@@ -65,6 +66,9 @@ class AdamSteps:
             self._second = flatten([s.get("exp_avg_sq", z) for s, z in zip(states, zeros, strict=True)])
             step = states[0].get("step", torch.zeros((), device=self._vector.device))
             self._step = step.detach().clone().to(torch.float32)
+            # CUDA's kernel reads float32; on CPU float64 keeps the rate exact.
+            dtype = torch.float32 if self._vector.device.type == "cuda" else torch.float64
+            self._lr = torch.zeros((), dtype=dtype, device=self._vector.device)
         views = (unflatten(x, self._parameters) for x in (self._vector, self._first, self._second))
         for parameter, value, first, second in zip(self._parameters, *views, strict=True):
             parameter.data = value
@@ -78,7 +82,7 @@ class AdamSteps:
             max_norm: What a longer gradient is scaled down to; None for no clipping.
 
         Returns:
-            Scalar float32 on the device: 1 if the step was skipped, else 0.
+            Scalar on the device: 1 if the step was skipped, else 0.
         """
         with torch.no_grad():
             if self._kernels is not None:
@@ -95,11 +99,10 @@ class AdamSteps:
             return skip
 
     def _native_step(self, kernels: Kernels, gradient: Tensor, max_norm: float | None) -> Tensor:
-        skip = torch.empty((), dtype=torch.float32)
-        arrays = self._vector, gradient, self._first, self._second
-        numbers = self._rate, *self._betas, self._epsilon, -1.0 if max_norm is None else max_norm
-        pointers = (x.data_ptr() for x in arrays)
-        kernels("adam", gradient.dtype, *pointers, len(gradient), self._step.data_ptr(), *numbers, skip.data_ptr())
+        skip = torch.empty((), dtype=gradient.dtype)
+        numbers = map(float, (*self._betas, self._epsilon, -1 if max_norm is None else max_norm))
+        arrays = self._vector, gradient, self._first, self._second, len(gradient), self._step, self._lr
+        kernels("adam", gradient.dtype, *arrays, *numbers, skip)
         return skip
 
     def _fused_step(self, gradient: Tensor, skip: Tensor) -> None:

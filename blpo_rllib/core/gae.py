@@ -46,24 +46,29 @@ class AdvantageOperator(ABC):
 
     @property
     @abstractmethod
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         """What the operator consists of, each [B, ...]."""
 
     @abstractmethod
-    def _of_tensors(self, tensors: Sequence[Tensor]) -> Self:
+    def of_tensors(self, tensors: Sequence[Tensor]) -> Self:
         """The operator that consists of these."""
+
+    @property
+    def structure(self) -> tuple[type, ...]:
+        """What tells operators apart that consist of the same tensors."""
+        return (type(self),)
 
     def permuted(self, order: Tensor) -> Self:
         """The operators of these segments in another order (int64)."""
-        return self._of_tensors([x[order] for x in self._tensors])
+        return self.of_tensors([x[order] for x in self.tensors])
 
     def to(self, dtype: torch.dtype) -> Self:
         """The operators in another precision."""
-        return self._of_tensors([x.to(dtype) for x in self._tensors])
+        return self.of_tensors([x.to(dtype) for x in self.tensors])
 
     def split(self, size: int) -> list[Self]:
         """The operators of consecutive batches of ``size`` segments each."""
-        return [self._of_tensors(part) for part in zip(*(x.split(size) for x in self._tensors), strict=True)]
+        return [self.of_tensors(part) for part in zip(*(x.split(size) for x in self.tensors), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -125,10 +130,10 @@ class BlockwiseAdvantage(AdvantageOperator):
         )
 
     @property
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
 
-    def _of_tensors(self, tensors: Sequence[Tensor]) -> BlockwiseAdvantage:
+    def of_tensors(self, tensors: Sequence[Tensor]) -> BlockwiseAdvantage:
         return BlockwiseAdvantage(*tensors)
 
     def advantages(self, rewards: Tensor, values: Tensor) -> Tensor:
@@ -190,10 +195,10 @@ class RecurrentAdvantage(AdvantageOperator):
         return cls(kernels, *(x.contiguous() for x in (masks.step, masks.next(gamma), decay)))
 
     @property
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         return [self._step, self._next, self._decay]
 
-    def _of_tensors(self, tensors: Sequence[Tensor]) -> RecurrentAdvantage:
+    def of_tensors(self, tensors: Sequence[Tensor]) -> RecurrentAdvantage:
         return RecurrentAdvantage(self._kernels, *tensors)
 
     def advantages(self, rewards: Tensor, values: Tensor) -> Tensor:
@@ -212,11 +217,9 @@ class RecurrentAdvantage(AdvantageOperator):
         return replace(self, _step=factor * self._step, _next=factor * self._next)
 
     def _run(self, name: str, *inputs: Tensor | None) -> Tensor:
-        # Bound to a name: a temporary would be gone before the kernel reads it.
-        inputs = tuple(None if x is None else x.contiguous() for x in inputs)
         out = torch.empty_like(self._step)
-        pointers = (None if x is None else x.data_ptr() for x in (*inputs, *self._tensors))
-        self._kernels(name, out.dtype, *pointers, *out.shape, out.data_ptr())
+        arrays = (None if x is None else x.contiguous() for x in (*inputs, *self.tensors))
+        self._kernels(name, out.dtype, *arrays, *out.shape, out)
         return out
 
 
@@ -230,11 +233,15 @@ class FixedAdvantage(AdvantageOperator):
     _operator: AdvantageOperator
 
     @property
-    def _tensors(self) -> list[Tensor]:
-        return self._operator._tensors
+    def tensors(self) -> list[Tensor]:
+        return self._operator.tensors
 
-    def _of_tensors(self, tensors: Sequence[Tensor]) -> FixedAdvantage:
-        return FixedAdvantage(self._operator._of_tensors(tensors))
+    def of_tensors(self, tensors: Sequence[Tensor]) -> FixedAdvantage:
+        return FixedAdvantage(self._operator.of_tensors(tensors))
+
+    @property
+    def structure(self) -> tuple[type, ...]:
+        return (FixedAdvantage, *self._operator.structure)
 
     def advantages(self, rewards: Tensor, values: Tensor) -> Tensor:
         return rewards

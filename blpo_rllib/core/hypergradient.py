@@ -135,6 +135,22 @@ class Hypergradient:
             direction=grad_actor,
         )
 
+    @property
+    def correction(self) -> list[Tensor]:
+        """What :meth:`with_correction_of` takes over."""
+        return [self.grad_critic, self.ihvp, self.mixed_product, self.mixed_norm, self.scale]
+
+    def copy_of_correction(self) -> Hypergradient:
+        """The same with :attr:`correction` in memory of its own."""
+        return replace(
+            self,
+            grad_critic=self.grad_critic.clone(),
+            ihvp=self.ihvp.clone(),
+            mixed_product=self.mixed_product.clone(),
+            mixed_norm=self.mixed_norm.clone(),
+            scale=self.scale.clone(),
+        )
+
     def with_correction_of(self, other: Hypergradient) -> Hypergradient:
         """g_θ of this minibatch less the correction that was found on a larger sample."""
         return replace(

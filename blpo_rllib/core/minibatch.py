@@ -22,8 +22,14 @@ from blpo_rllib.core.segments import SegmentBatch
 
 
 class Players(ABC):
-    """A leader and a follower with no parameter in common."""
+    """A leader and a follower with no parameter in common.
 
+    Attributes:
+        replayable: Whether each pass takes the same operations on tensors and leaves nothing behind, so that they can
+            be recorded once (:mod:`blpo_rllib.core.replay`).
+    """
+
+    replayable: bool = False
     actor_parameters: list[Tensor]
     critic_parameters: list[Tensor]
 
@@ -154,6 +160,10 @@ class MinibatchMetrics:
             minibatch_means=torch.stack(minibatch_means).nan_to_num(0.0, 0.0, 0.0),
             counts=torch.stack(counts),
         )
+
+    def zeros(self) -> MinibatchMetrics:
+        """Zeros of the same shapes."""
+        return MinibatchMetrics(*map(torch.zeros_like, (self.step_means, self.minibatch_means, self.counts)))
 
     def __add__(self, other: MinibatchMetrics) -> MinibatchMetrics:
         return MinibatchMetrics(

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from blpo_rllib.core.mlp import ACTIVATIONS, MLP, MLPCriticPass, MLPPass
-from blpo_rllib.core.native import DTYPES, SLOT_MULTIPLE, Kernels, Net
+from blpo_rllib.core.native import DTYPES, SLOT_MULTIPLE, Argument, Kernels, Net
 from blpo_rllib.core.networks import Coordinates, unflatten
 
 # The kernels' numbers of the activations they know.
@@ -37,14 +37,12 @@ class _Shape:
     """What the kernels need to know of a perceptron, but for its parameters and the number of slots."""
 
     def __init__(self, mlp: MLP):
-        self._depth = len(mlp.layers)
         self._sizes = (ctypes.c_int64 * len(mlp.sizes))(*mlp.sizes)
         self._kinds = (ctypes.c_int64 * len(mlp.activations))(*(_KINDS[a] for a in mlp.activations))
-        self._pointers = ctypes.c_void_p * len(mlp.parameters)
 
-    def net(self, parameters: Sequence[int], num_slots: int) -> Net:
-        """The perceptron with W_1, b_1, ... at these addresses."""
-        return Net(self._depth, self._sizes, self._kinds, self._pointers(*parameters), num_slots)
+    def net(self, parameters: Sequence[Tensor], num_slots: int) -> Net:
+        """The perceptron with these W_1, b_1, ..., or directions in their place."""
+        return Net(self._sizes, self._kinds, parameters, num_slots)
 
 
 _shapes: WeakKeyDictionary[MLP, _Shape] = WeakKeyDictionary()
@@ -76,8 +74,7 @@ class NativePass(MLPPass):
         self._by_slot = x.new_empty(widths, self._num_slots)
         super().__init__(mlp, (), self._all_hidden[-mlp.sizes[-1] :, :num_inputs])
         self._net = self._net_with(mlp.parameters)
-        outputs = self._all_hidden.data_ptr(), self._by_slot.data_ptr()
-        self._call("forward", self._net, x.data_ptr(), *x.stride(), num_inputs, *outputs)
+        self._call("forward", self._net, x, *x.stride(), num_inputs, self._all_hidden, self._by_slot)
 
     def hidden(self, layer: int) -> Tensor:
         begin = sum(self._mlp.sizes[:layer])
@@ -85,10 +82,10 @@ class NativePass(MLPPass):
 
     def _net_with(self, parameters: Sequence[Tensor]) -> Net:
         """The perceptron of this shape that has these parameters, or directions in their place."""
-        return _shape_of(self._mlp).net([p.data_ptr() for p in parameters], self._num_slots)
+        return _shape_of(self._mlp).net(parameters, self._num_slots)
 
-    def _call(self, name: str, net: Net, *args: int | None) -> None:
-        self._kernels(name, self._all_hidden.dtype, net.address, *args)
+    def _call(self, name: str, net: Net, *args: Argument) -> None:
+        self._kernels(name, self._all_hidden.dtype, net, *args)
 
     def padded(self, x: Tensor) -> Tensor:
         """[..., n] to [..., N], with zeros."""
@@ -101,12 +98,12 @@ class NativePass(MLPPass):
         self._call(
             "backward",
             self._net,
-            self._all_hidden.data_ptr(),
-            self._by_slot.data_ptr(),
-            output.data_ptr(),
+            self._all_hidden,
+            self._by_slot,
+            output,
             self._num_inputs,
-            cotangents.data_ptr(),
-            None if gradient is None else gradient.data_ptr(),
+            cotangents,
+            gradient,
         )
         return cotangents
 
@@ -126,37 +123,27 @@ class NativePass(MLPPass):
     def scaled_gradients(self, cotangents: Tensor, scale: Tensor) -> Tensor:
         """The gradients of all layers, [k, p], for g_l = ``cotangents`` times each of ``scale`` [k, n]."""
         gradients, scale = scale.new_zeros(scale.shape[0], self.num_parameters), self.padded(scale)
-        self._call(
-            "scaled_gradients",
-            self._net,
-            self._by_slot.data_ptr(),
-            cotangents.data_ptr(),
-            scale.data_ptr(),
-            scale.shape[0],
-            gradients.data_ptr(),
-        )
+        self._call("scaled_gradients", self._net, self._by_slot, cotangents, scale, scale.shape[0], gradients)
         return gradients
 
     def jvp(self, cotangents: Tensor, direction: Sequence[Tensor]) -> Tensor:
         """Σ_l Σ_units g_l ⊙ (δW_l h_{l-1} + δb_l), [n], for contiguous δW_1, δb_1, ... in ``direction``."""
         product = cotangents.new_empty(self._num_slots)
-        arrays = self._all_hidden, cotangents, product
-        self._call("jvp", self._net_with(direction), *(x.data_ptr() for x in arrays))
+        self._call("jvp", self._net_with(direction), self._all_hidden, cotangents, product)
         return product[: self._num_inputs]
+
+    def jacobian_columns(self, places: Tensor, cotangents: Tensor) -> Tensor:
+        """:meth:`CriticPass.jacobian_columns` for the parameters at ``places``: see :class:`Coordinates`."""
+        columns = cotangents.new_empty(len(places), self._num_slots)
+        self._call("jacobian_columns", self._net, self._all_hidden, cotangents, places, len(places), columns)
+        return columns[:, : self._num_inputs]
 
     def second_order_rows(self, places: Tensor, cotangents: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """:meth:`CriticPass.second_order_rows` for the parameters at ``places``: see :class:`Coordinates`."""
         rows = first.new_zeros(len(places), self.num_parameters)
         workspace = cotangents.new_empty(3 * cotangents.numel() + self._by_slot.numel())
         inputs = self._all_hidden, self._by_slot, cotangents, self.padded(first), self.padded(second), places
-        self._call(
-            "second_order_rows",
-            self._net,
-            *(x.data_ptr() for x in inputs),
-            len(places),
-            workspace.data_ptr(),
-            rows.data_ptr(),
-        )
+        self._call("second_order_rows", self._net, *inputs, len(places), workspace, rows)
         return rows
 
 
@@ -190,6 +177,10 @@ class NativeCriticPass(MLPCriticPass):
 
     def jvp(self, tangent: Tensor) -> Tensor:
         return self._native.jvp(self._all_g, unflatten(tangent.contiguous(), self._mlp.parameters))
+
+    def jacobian_columns(self, columns: Coordinates) -> Tensor:
+        assert columns.places is not None
+        return self._native.jacobian_columns(columns.places, self._all_g)
 
     def second_order_rows(self, columns: Coordinates, first: Tensor, second: Tensor) -> Tensor:
         assert columns.places is not None

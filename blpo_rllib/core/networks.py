@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,10 @@ class Coordinates:
     def of(cls, indices: np.ndarray, device: torch.device) -> Coordinates:
         """From indices on the host."""
         return cls(torch.as_tensor(indices, device=device))
+
+    def copy(self) -> Coordinates:
+        """The same in memory of its own, but for ``groups``."""
+        return replace(self, index=self.index.clone(), places=None if self.places is None else self.places.clone())
 
     def __len__(self) -> int:
         return len(self.index)

@@ -78,7 +78,7 @@ class GaussianTerms(HeadTerms):
     kl: None = None
 
     @classmethod
-    def at(cls, actions: Tensor, clip: Tensor, mean: Tensor, log_std: Tensor | None) -> GaussianTerms:
+    def at(cls, actions: Tensor, clip: float, mean: Tensor, log_std: Tensor | None) -> GaussianTerms:
         """For actions [n, d], means [d, n], and a log-std [d, n] that is clipped to ±``clip``."""
         assert log_std is not None
         # The same in all slots, [d, 1].

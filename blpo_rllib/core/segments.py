@@ -208,6 +208,17 @@ class SegmentBatch:
         tensors = tree.map_structure(lambda x: x.to(dtype) if x.is_floating_point() else x, self._tensors)
         return SegmentBatch(**tensors, advantage=self.advantage.to(dtype))
 
+    def rows(self) -> list[Tensor]:
+        """All tensors that the batch consists of, each [M, ...]."""
+        return [*tree.flatten(self._tensors), *self.advantage.tensors]
+
+    def with_rows(self, rows: Sequence[Tensor]) -> SegmentBatch:
+        """The batch that consists of these in place of :meth:`rows`."""
+        size = len(rows) - len(self.advantage.tensors)
+        return SegmentBatch(
+            **tree.unflatten_as(self._tensors, rows[:size]), advantage=self.advantage.of_tensors(rows[size:])
+        )
+
     def split(self, size: int) -> list[SegmentBatch]:
         """Consecutive batches of ``size`` segments each, as views; ``size`` divides M."""
         tensors = self._tensors

@@ -13,6 +13,7 @@ from torch import Tensor
 from blpo_rllib.core.adam import AdamSteps
 from blpo_rllib.core.advantages import Rollouts, anchored, full_advantages
 from blpo_rllib.core.curvature import Curvature
+from blpo_rllib.core.hypergradient import Hypergradient
 from blpo_rllib.core.ihvp import IHVPSolver
 from blpo_rllib.core.minibatch import (
     Counts,
@@ -28,10 +29,15 @@ from blpo_rllib.core.minibatch import (
 )
 from blpo_rllib.core.native import Kernels
 from blpo_rllib.core.networks import Coordinates
+from blpo_rllib.core.recording import CannotRecordError
 from blpo_rllib.core.reduction import Reduction
+from blpo_rllib.core.replay import ReplayedUpdate
 from blpo_rllib.core.segments import SegmentBatch
 
 logger = logging.getLogger(__name__)
+
+# Beyond, arithmetic takes so much longer than dispatch that a replay gains nothing, and it would hold on to its memory.
+MAX_REPLAYED_SLOTS = 1 << 14
 
 
 class Compiled:
@@ -95,8 +101,11 @@ class BilevelUpdate:
         )
         self._minibatch_update = MinibatchUpdate(players, *self._adams, curvature, solver, reduction)
         self._take_minibatch: Callable[..., Any] = self._minibatch_update
+        self._replayed: ReplayedUpdate | None = None
         if compile_ is not None:
             self._take_minibatch = Compiled(self._minibatch_update, compile_)
+        elif kernels is not None and self._is_replayable():
+            self._replayed = ReplayedUpdate(self._minibatch_update, self._adams, kernels)
         self._drawn: tuple[np.ndarray, Coordinates] | None = None
         self._rate_factor = 1.0
 
@@ -136,10 +145,10 @@ class BilevelUpdate:
             if self._solver is not None and settings.correction.sample == "batch":
                 sample = Minibatch.of(segments, targets, self._reduction.sum(segments.step.sum()))
                 shared = self._minibatch_update.hypergradient(sample, self._draw_columns(), settings)
-            for minibatch in self._minibatches(segments, targets, size):
-                columns = self._draw_columns() if shared is None else None
-                result: MinibatchResult = self._take_minibatch(minibatch, columns, settings, shared)
-                sums = result.metrics if sums is None else sums + result.metrics
+            for rows, num_steps in self._minibatches(segments, size):
+                result = self._step(segments, targets, rows, num_steps, settings, shared)
+                # A sum, from the start: what a replay reports is overwritten by the next.
+                sums = result.metrics + (result.metrics.zeros() if sums is None else sums)
             num_updates += num_minibatches
             assert sums is not None
             if settings.max_kl is not None and self._kl(sums, before) > settings.max_kl * num_minibatches:
@@ -153,7 +162,7 @@ class BilevelUpdate:
             self._rate_factor = next_rate_factor(self._rate_factor, metrics["approx_kl"], settings.target_kl)
         if self._solver is not None:
             # On the last sample only, for the product it takes.
-            last = minibatch if shared is None else sample
+            last = sample if shared is not None else Minibatch.of(segments.permuted(rows), targets[rows], num_steps)
             curvature = self._curvature(self._minibatch_update.critic_loss(last), self._reduction)
             residual = self._solver.relative_residual(curvature, result.grad_critic, result.ihvp)
             metrics["ihvp_relative_residual"] = float(residual)
@@ -197,15 +206,38 @@ class BilevelUpdate:
             parts = batch.split(size)
             return torch.cat([self._players.critic(slots(part.obs)).values.view_as(part.step) for part in parts])
 
-    def _minibatches(self, batch: SegmentBatch, targets: Tensor, size: int) -> Iterator[Minibatch]:
-        """Those of an epoch, in random order."""
-        order = torch.as_tensor(self._order_generator.permutation(len(batch)), device=targets.device)
-        shuffled, shuffled_targets = batch.permuted(order), targets[order]
+    def _minibatches(self, batch: SegmentBatch, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of an epoch, in random order: their segments, int64 [size], and the steps of all processes."""
+        order = torch.as_tensor(self._order_generator.permutation(len(batch)), device=batch.step.device)
         # A process may have only blank segments in a minibatch, but never do all of them.
-        num_steps = self._reduction.sum(shuffled.step.view(-1, size, shuffled.step.shape[1]).sum((1, 2)))
-        parts = zip(shuffled.split(size), shuffled_targets.split(size), num_steps, strict=True)
-        for segments, part, count in parts:
-            yield Minibatch.of(segments, part, count)
+        num_steps = self._reduction.sum(batch.step.sum(1)[order].view(-1, size).sum(1))
+        return zip(order.split(size), num_steps, strict=True)
+
+    def _step(
+        self,
+        batch: SegmentBatch,
+        targets: Tensor,
+        rows: Tensor,
+        num_steps: Tensor,
+        settings: UpdateSettings,
+        shared: Hypergradient | None,
+    ) -> MinibatchResult:
+        """Updates the players by the minibatch that consists of some rows of the batch."""
+        columns = self._draw_columns() if shared is None else None
+        if self._replayed is not None and len(rows) * batch.step.shape[1] <= MAX_REPLAYED_SLOTS:
+            try:
+                return self._replayed(batch, targets, rows, num_steps, columns, settings, shared)
+            except CannotRecordError as error:
+                logger.info("the update dispatches its operations one by one (slower), because %s", error)
+                self._replayed = None
+        minibatch = Minibatch.of(batch.permuted(rows), targets[rows], num_steps)
+        result: MinibatchResult = self._take_minibatch(minibatch, columns, settings, shared)
+        return result
+
+    def _is_replayable(self) -> bool:
+        """Whether minibatches of one shape take the same operations; sums over processes are not among those."""
+        parts = self._players, self._curvature, self._solver
+        return type(self._reduction) is Reduction and all(part is None or part.replayable for part in parts)
 
     def _kl(self, sums: MinibatchMetrics, before: MinibatchMetrics | None) -> float:
         """``approx_kl``, added up over the minibatches since ``before``, of all processes."""

@@ -70,6 +70,10 @@ class RLModulePlayers(Players):
         if by_hand:
             self._find_perceptrons()
 
+    @property
+    def replayable(self) -> bool:  # type: ignore[override]
+        return self._critic_mlp is not None and self._actor_mlp is not None
+
     def _find_perceptrons(self) -> None:
         """Recognises the perceptrons of RLlib's default PPO module, whose derivatives are then taken by hand."""
         cls, encoder = type(self._module), getattr(self._module, "encoder", None)
@@ -86,6 +90,7 @@ class RLModulePlayers(Players):
             log_std = getattr(self._module.pi, "log_std", None)
             found = mlp.parameters + ([] if log_std is None else [log_std])
             if _same(found, self.actor_parameters):
+                self._log_std_clip = _log_std_clip(self._module.pi)
                 self._actor_mlp, self._log_std, self.actor_parameters = mlp, log_std, found
 
     def columns(self, indices: np.ndarray) -> Coordinates:
@@ -107,16 +112,22 @@ class RLModulePlayers(Players):
 
     def _policy_head(self, actions: Any, old_dist_inputs: Tensor | None) -> PolicyHead:
         """In closed form for the usual distributions, unless the KL divergence is asked for too."""
-        head = self._module.pi
         if old_dist_inputs is None and self._distribution is TorchCategorical:
             return lambda logits, _: CategoricalTerms.at(actions, logits)
         if old_dist_inputs is None and self._distribution is TorchDiagGaussian and self._log_std is not None:
-            return lambda mean, log_std: GaussianTerms.at(actions, _log_std_clip(head), mean, log_std)
+            return lambda mean, log_std: GaussianTerms.at(actions, self._log_std_clip, mean, log_std)
 
         def terms(outputs: Tensor, log_std: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-            return self._terms(_distribution_inputs(head, outputs, log_std), actions, old_dist_inputs)
+            return self._terms(self._distribution_inputs(outputs, log_std), actions, old_dist_inputs)
 
         return lambda outputs, log_std: AutogradTerms(terms, outputs, log_std)
+
+    def _distribution_inputs(self, outputs: Tensor, log_std: Tensor | None) -> Tensor:
+        """What RLlib's policy heads make of their perceptron's outputs [n, d]: the distribution's inputs."""
+        if log_std is None and not self._module.pi.clip_log_std:
+            return outputs
+        mean, log_std = outputs.chunk(2, -1) if log_std is None else (outputs, log_std)
+        return torch.cat([mean, log_std.clamp(-self._log_std_clip, self._log_std_clip)], -1)
 
     def _terms(
         self, dist_inputs: Tensor, actions: Any, old_dist_inputs: Tensor | None
@@ -185,16 +196,6 @@ def _same(found: list[Tensor], expected: list[Tensor]) -> bool:
     return {id(p) for p in found} == {id(p) for p in expected}
 
 
-def _distribution_inputs(head: Any, outputs: Tensor, log_std: Tensor | None) -> Tensor:
-    """What RLlib's policy heads make of their perceptron's outputs [n, d]: the distribution's inputs."""
-    if log_std is None and not head.clip_log_std:
-        return outputs
-    mean, log_std = outputs.chunk(2, -1) if log_std is None else (outputs, log_std)
-    clip = _log_std_clip(head)
-    return torch.cat([mean, log_std.clamp(-clip, clip)], -1)
-
-
-def _log_std_clip(head: Any) -> Tensor:
+def _log_std_clip(head: Any) -> float:
     """RLlib's heads clip the log-std to ± this."""
-    constant = head.log_std_clip_param_const
-    return constant if head.clip_log_std else torch.full_like(constant, float("inf"))
+    return float(head.log_std_clip_param_const) if head.clip_log_std else float("inf")

@@ -69,10 +69,10 @@ class ExpectedAdvantage(AdvantageOperator):
         return torch.func.vjp(self.tangent, torch.zeros_like(y))[1](y)[0]
 
     @property
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         return []
 
-    def _of_tensors(self, tensors: Sequence[Tensor]) -> ExpectedAdvantage:
+    def of_tensors(self, tensors: Sequence[Tensor]) -> ExpectedAdvantage:
         return self
 
 

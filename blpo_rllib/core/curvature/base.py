@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -42,7 +43,17 @@ class Curvature(ABC):
     Args:
         loss: The follower's objective at w on this process's share of the minibatch.
         reduction: Sums over the processes that share the minibatch.
+
+    Attributes:
+        replayable: Whether each product takes the same operations on tensors and leaves nothing behind; each class says
+            so for itself.
     """
+
+    replayable: ClassVar[bool] = False
+
+    def __init_subclass__(cls, replayable: bool = False, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.replayable = replayable
 
     def __init__(self, loss: CriticLoss, reduction: Reduction):
         self._loss = loss

@@ -8,7 +8,7 @@ from blpo_rllib.core.curvature.base import Curvature
 from blpo_rllib.core.networks import Coordinates
 
 
-class GaussNewton(Curvature):
+class GaussNewton(Curvature, replayable=True):
     r""":math:`J^\top \mathrm{diag}(2m) J`: the Hessian without the residuals' second derivatives.
 
     Positive semi-definite, so the damped system is well posed at any damping; equal to the Hessian where the critic is

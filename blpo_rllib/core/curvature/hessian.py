@@ -8,7 +8,7 @@ from blpo_rllib.core.curvature.base import Curvature
 from blpo_rllib.core.networks import Coordinates
 
 
-class Hessian(Curvature):
+class Hessian(Curvature, replayable=True):
     r""":math:`\nabla^2_{ww} L = J^\top \mathrm{diag}(2m) J - \sum_t 2 m_t (y_t - V_t) \nabla^2 V_t`; indefinite.
 
     This is the curvature of the hypergradient's definition (paper, section 3).

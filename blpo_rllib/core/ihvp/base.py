@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -19,9 +19,16 @@ class IHVPSolver(ABC):
     Attributes:
         damping: ρ >= 0, the multiple of the identity added to H; for a solver that chooses it, that of the latest
             :meth:`solve`.
+        replayable: Whether each product takes the same operations on tensors and leaves nothing behind, so that they
+            can be recorded once (:mod:`blpo_rllib.core.replay`). Each class says so for itself.
     """
 
     damping: float | Tensor
+    replayable: ClassVar[bool] = False
+
+    def __init_subclass__(cls, replayable: bool = False, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.replayable = replayable
 
     def draw(self, size: int, generator: np.random.Generator) -> np.ndarray | None:
         """The coordinates whose rows of H the next :meth:`solve` takes, distinct int64 in [0, size), or None for none.

@@ -14,7 +14,7 @@ from blpo_rllib.core.ihvp.base import IHVPSolver, check_damping
 from blpo_rllib.core.networks import Coordinates
 
 
-class Nystrom(IHVPSolver):
+class Nystrom(IHVPSolver, replayable=True):
     r"""Inverts a rank-k model of H, :math:`\hat H = C^\top (M + \delta I)^{-1} C`, by Woodbury's identity:
 
     .. math::  x = (\hat H + \rho I)^{-1} v = (v - C^\top (C C^\top + \rho (M + \delta I))^{-1} C v) / \rho

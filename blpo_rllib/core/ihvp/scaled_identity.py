@@ -11,7 +11,7 @@ from blpo_rllib.core.ihvp.base import IHVPSolver, check_damping
 from blpo_rllib.core.networks import Coordinates
 
 
-class ScaledIdentity(IHVPSolver):
+class ScaledIdentity(IHVPSolver, replayable=True):
     """x = v/ρ: what (H + ρI)⁻¹ v tends to for ρ far above the eigenvalues of H, and Nyström's formula at rank 0.
 
     It says how much of a result is owed to curvature, at no cost.

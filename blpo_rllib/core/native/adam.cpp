@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "functions.h"
+
 namespace {
 
 // Numbers that one thread takes at a time; sums are formed block by block, whatever the number of threads.
@@ -33,8 +35,8 @@ double norm_of(const T* x, int64_t n, int threads) {
 // Writes to `skipped` 1 and changes nothing if the gradient's norm is not finite, else 0. Scales the gradient down to
 // max_norm if that is not negative.
 template <class T>
-void adam(T* parameters, const T* gradient, T* first, T* second, int64_t n, float* step, double lr, double beta1,
-          double beta2, double epsilon, double max_norm, float* skipped, int threads) {
+void adam(T* parameters, const T* gradient, T* first, T* second, int64_t n, float* step, const double& lr, double beta1,
+          double beta2, double epsilon, double max_norm, T* skipped, int threads) {
   const double norm = norm_of(gradient, n, threads);
   *skipped = std::isfinite(norm) ? 0.0f : 1.0f;
   if (!std::isfinite(norm)) return;
@@ -51,17 +53,6 @@ void adam(T* parameters, const T* gradient, T* first, T* second, int64_t n, floa
   }
 }
 
+BLPO_FUNCTION(adam)
+
 }  // namespace
-
-#define BLPO_EXPORT(T, suffix)                                                                                        \
-  void blpo_adam_##suffix(T* parameters, const T* gradient, T* first, T* second, int64_t n, float* step, double lr,  \
-                          double beta1, double beta2, double epsilon, double max_norm, float* skipped,               \
-                          int64_t threads) {                                                                          \
-    adam<T>(parameters, gradient, first, second, n, step, lr, beta1, beta2, epsilon, max_norm, skipped,              \
-            static_cast<int>(threads));                                                                               \
-  }
-
-extern "C" {
-BLPO_EXPORT(float, float32)
-BLPO_EXPORT(double, float64)
-}

@@ -10,15 +10,11 @@
 #include <cstdint>
 #include <utility>
 
+#include "functions.h"
+#include "vectors.h"
+
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
 // Accumulators of a register tile: 24 and 16 of the 32 vector registers of AVX-512 and NEON, 12 and 8 of AVX's 16.
 constexpr bool kManyRegisters = kVectorBytes != 32;
 constexpr int kUnits = kManyRegisters ? 8 : 4;    // product: units ...
@@ -27,30 +23,6 @@ constexpr int kRows = kManyRegisters ? 8 : 4;     // gradient: units of layer l 
 constexpr int kColumns = 2;                       // ... by vectors of units of layer l - 1
 constexpr int kGroup = 16;                        // units of layer l that one thread takes at a time
 constexpr int64_t kChunk = 128;                   // slots summed over before the next units: what the L1 cache holds
-
-template <class T, int Bytes>
-struct VectorOf;
-template <int Bytes>
-struct VectorOf<float, Bytes> {
-  typedef float type __attribute__((vector_size(Bytes), aligned(4), may_alias));
-};
-template <int Bytes>
-struct VectorOf<double, Bytes> {
-  typedef double type __attribute__((vector_size(Bytes), aligned(8), may_alias));
-};
-template <class T>
-using Vector = typename VectorOf<T, kVectorBytes>::type;
-template <class T>
-constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
-
-template <class T>
-inline Vector<T> load(const T* p) {
-  return *reinterpret_cast<const Vector<T>*>(p);
-}
-template <class T>
-inline void store(T* p, Vector<T> v) {
-  *reinterpret_cast<Vector<T>*>(p) = v;
-}
 
 // Swaps the blocks of D lanes that stand crosswise in two rows.
 template <class T, int D, int... L>
@@ -68,39 +40,6 @@ inline void transpose(Vector<T> (&x)[kLanes<T>]) {
     if (!(i & D)) swap_blocks<T, D>(x[i], x[i + D], std::make_integer_sequence<int, kLanes<T>>());
   if constexpr (D > 1) transpose<T, D / 2>(x);
 }
-template <class T>
-inline T lane_sum(Vector<T> v) {
-  T total = 0;
-  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
-  return total;
-}
-
-// tanh z = 1 - 2 / (exp(2 z) + 1), to within rounding of 1; exp by Cody and Waite's reduction and a polynomial.
-inline Vector<float> tanh_of(Vector<float> z) {
-  typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
-  Vector<float> y = 2 * z;
-  y = y > 20.0f ? Vector<float>{} + 20.0f : y;
-  y = y < -20.0f ? Vector<float>{} - 20.0f : y;
-  const Vector<float> magic = Vector<float>{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vector<float> shifted = y * 1.44269504088896341f + magic;
-  const Vector<float> count = shifted - magic;
-  const Vector<float> r = (y - count * 0.693359375f) + count * 2.12194440e-4f;
-  Vector<float> e = Vector<float>{} + 1.9875691500e-4f;
-  e = e * r + 1.3981999507e-3f;
-  e = e * r + 8.3334519073e-3f;
-  e = e * r + 4.1665795894e-2f;
-  e = e * r + 1.6666665459e-1f;
-  e = e * r + 5.0000001201e-1f;
-  e = e * r * r + r + 1.0f;
-  const Integers exponent = ((Integers)shifted - 0x4B400000 + 127) << 23;  // the same bits, read as integers
-  e = e * (Vector<float>)exponent;
-  return 1.0f - 2.0f / (e + 1.0f);
-}
-inline Vector<double> tanh_of(Vector<double> z) {
-  for (int i = 0; i < kLanes<double>; ++i) z[i] = std::tanh(z[i]);
-  return z;
-}
-
 enum Activation : int64_t { kTanh = 0, kRelu = 1 };
 
 template <class V>
@@ -566,31 +505,24 @@ void scaled_gradients(const Net<T>& net, const T* h_by_slot, const T* g, const T
     gradient<T>(net, h_by_slot, g, scale + k * net.slots, out + k * net.num_parameters());
 }
 
-}  // namespace
-
-#define BLPO_EXPORT(T, suffix)                                                                                        \
-  void blpo_forward_##suffix(const Net<T>* net, const T* x, int64_t x_slot, int64_t x_unit, int64_t n, T* h,         \
-                             T* h_by_slot, int64_t threads) {                                                         \
-    forward<T>(*net, x, x_slot, x_unit, n, h, h_by_slot, static_cast<int>(threads));                                  \
-  }                                                                                                                   \
-  void blpo_backward_##suffix(const Net<T>* net, const T* h, const T* h_by_slot, const T* output, int64_t n, T* g,   \
-                              T* out, int64_t threads) {                                                              \
-    backward<T>(*net, h, h_by_slot, output, n, g, out, static_cast<int>(threads));                                    \
-  }                                                                                                                   \
-  void blpo_jvp_##suffix(const Net<T>* direction, const T* h, const T* g, T* out, int64_t threads) {                  \
-    jvp<T>(*direction, h, g, out, static_cast<int>(threads));                                                         \
-  }                                                                                                                   \
-  void blpo_scaled_gradients_##suffix(const Net<T>* net, const T* h_by_slot, const T* g, const T* scale,             \
-                                      int64_t count, T* out, int64_t threads) {                                       \
-    scaled_gradients<T>(*net, h_by_slot, g, scale, count, out, static_cast<int>(threads));                                    \
-  }                                                                                                                   \
-  void blpo_second_order_rows_##suffix(const Net<T>* net, const T* h, const T* h_by_slot, const T* g, const T* u,    \
-                                       const T* a, const int64_t* coordinates, int64_t count, T* work, T* out,                   \
-                                       int64_t threads) {                                                             \
-    second_order_rows<T>(*net, h, h_by_slot, g, u, a, coordinates, count, work, out, static_cast<int>(threads));                 \
+// dV/dw of `count` parameters into out [count, N], for unit cotangents g.
+template <class T>
+void jacobian_columns(const Net<T>& net, const T* h, const T* g, const int64_t* coordinates, int64_t count, T* out,
+                      int) {
+  for (int64_t k = 0; k < count; ++k) {
+    const Coordinate at{coordinates[3 * k], coordinates[3 * k + 1], coordinates[3 * k + 2]};
+    const T* own = g + net.offset(at.layer, 1) + at.unit * net.slots;
+    const T* input = h + net.offset(at.layer - 1, 0) + at.input * net.slots;
+    for (int64_t s = 0; s < net.slots; s += kLanes<T>)
+      store<T>(out + k * net.slots + s, at.input < 0 ? load<T>(own + s) : load<T>(own + s) * load<T>(input + s));
   }
-
-extern "C" {
-BLPO_EXPORT(float, float32)
-BLPO_EXPORT(double, float64)
 }
+
+BLPO_FUNCTION(forward)
+BLPO_FUNCTION(jacobian_columns)
+BLPO_FUNCTION(backward)
+BLPO_FUNCTION(jvp)
+BLPO_FUNCTION(scaled_gradients)
+BLPO_FUNCTION(second_order_rows)
+
+}  // namespace

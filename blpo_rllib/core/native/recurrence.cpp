@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "functions.h"
+
 namespace {
 
 // Rows are shared out between threads where there is enough work to pay for it.
@@ -40,19 +42,7 @@ void adjoint(const T* y, const T* step, const T* next, const T* decay, int64_t r
   }
 }
 
+BLPO_FUNCTION(advantages)
+BLPO_FUNCTION(adjoint)
+
 }  // namespace
-
-#define BLPO_EXPORT(T, suffix)                                                                                        \
-  void blpo_advantages_##suffix(const T* rewards, const T* values, const T* step, const T* next, const T* decay,     \
-                                int64_t rows, int64_t width, T* out, int64_t threads) {                              \
-    advantages<T>(rewards, values, step, next, decay, rows, width, out, static_cast<int>(threads));                  \
-  }                                                                                                                   \
-  void blpo_adjoint_##suffix(const T* y, const T* step, const T* next, const T* decay, int64_t rows, int64_t width,  \
-                             T* out, int64_t threads) {                                                               \
-    adjoint<T>(y, step, next, decay, rows, width, out, static_cast<int>(threads));                                    \
-  }
-
-extern "C" {
-BLPO_EXPORT(float, float32)
-BLPO_EXPORT(double, float64)
-}

@@ -1,0 +1,47 @@
+// Functions by name, and lists of calls that are run one after the other.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "functions.h"
+
+namespace {
+
+struct Entry {
+  const char* name;
+  Function in_float32, in_float64;
+};
+std::vector<Entry>& entries() {
+  static std::vector<Entry> all;
+  return all;
+}
+
+}  // namespace
+
+Registration::Registration(const char* name, Function in_float32, Function in_float64) {
+  entries().push_back({name, in_float32, in_float64});
+}
+
+extern "C" {
+
+// The function of this name for numbers of 4 or 8 bytes, or null.
+Function blpo_function(const char* name, int64_t bytes) {
+  for (const Entry& entry : entries())
+    if (std::strcmp(entry.name, name) == 0) return bytes == 4 ? entry.in_float32 : entry.in_float64;
+  return nullptr;
+}
+
+void blpo_call(Function function, const Word* arguments, int64_t threads) {
+  function(arguments, static_cast<int>(threads));
+}
+
+struct Call {
+  Function function;
+  const Word* arguments;
+};
+
+void blpo_run(const Call* calls, int64_t count, int64_t threads) {
+  for (int64_t i = 0; i < count; ++i) calls[i].function(calls[i].arguments, static_cast<int>(threads));
+}
+}
