@@ -130,7 +130,7 @@ def random_episodes(shape: Shape, seed: int) -> list[SingleAgentEpisode]:
 def train_batch(learner, episodes: list[SingleAgentEpisode], shape: Shape) -> MultiAgentBatch:
     """What a learner's connectors make of episodes."""
     if isinstance(learner, BLPOTorchLearner):
-        return learner.build_train_batch(episodes, shape.length, shape.num_epochs)
+        return learner.build_train_batch(episodes, shape.minibatch_size, shape.num_epochs)
     # RLlib's learners have no public function for it.
     return learner._make_batch_if_necessary(TrainingData(episodes=episodes))
 
