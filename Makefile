@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train test test-slow test-chaos report format lint docs build clean
+.PHONY: help setup train test test-slow test-conformance test-chaos report format lint docs build clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## .venv with everything that the other targets use
 
@@ -26,6 +26,10 @@ test: $(STAMP)  ## the fast tests
 
 test-slow: $(STAMP)  ## the tests that train for minutes
 	$(BIN)/python -m pytest -m slow
+
+test-conformance: $(STAMP)  ## RLlib's example scripts with BLPO in PPO's place; more than half an hour
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[conformance]"
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_conformance.py
 
 # CHAOS_SECONDS=90 make test-chaos for a first look.
 test-chaos: $(STAMP)  ## ten minutes of faults

@@ -5,7 +5,7 @@
 
 The environment is RLlib's example ``StatelessCartPole`` with episodes of at most 500 steps. Actor and critic have an
 encoder of one layer and an LSTM each. PPO has RLlib's own learner with its defaults and, like BLPO, this project's
-sampling, which makes the same episodes as RLlib's in less time. A run ends when the mean return of the last 100
+sampling, which makes the same episodes as RLlib's in less time. A run ends when the mean return of the last 50
 episodes reaches ``--stop-reward``, or at ``--stop-timesteps``. Every run is kept in results/.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from ray.tune.registry import register_env
 from blpo_rllib import BLPOConfig
 from blpo_rllib.experiments.provenance import provenance
 from blpo_rllib.sampling.env_runner import BatchedEnvRunner
+from blpo_rllib.train import recent_return, row
 
 OUTPUT = Path(__file__).parent / "results"
 ENV = "stateless_cartpole"
@@ -41,6 +41,8 @@ NETWORK = {
 }
 BATCHES = {"train_batch_size_per_learner": 1024, "minibatch_size": 256, "num_epochs": 6}
 SUCCESS = 350.0
+# Returns are means over so many of the latest episodes.
+EPISODES = 50
 
 
 def config(algorithm: str, seed: int) -> PPOConfig:
@@ -58,25 +60,18 @@ def config(algorithm: str, seed: int) -> PPOConfig:
     )
 
 
-def curve(algorithm: str, seed: int, stop_timesteps: int, stop_reward: float) -> Iterator[tuple[int, float]]:
-    """Environment steps taken and mean return of the last 100 episodes, after each iteration."""
-    algo = config(algorithm, seed).build_algo()
-    steps, mean = 0, 0.0
-    while steps < stop_timesteps and not mean >= stop_reward:
-        results = algo.train()["env_runners"]
-        steps, mean = int(results["num_env_steps_sampled_lifetime"]), float(results["episode_return_mean"])
-        yield steps, mean
-    algo.stop()
-
-
 def run(algorithm: str, seed: int, stop_timesteps: int, stop_reward: float) -> dict[str, Any]:
-    """One run; its curve is printed as it grows."""
-    rows = []
-    for i, (steps, mean) in enumerate(curve(algorithm, seed, stop_timesteps, stop_reward)):
-        rows.append((steps, round(mean, 1)))
-        if i % 5 == 0:
-            print(f"{algorithm} seed {seed}: {steps:>7,} steps, return {mean:.0f}", flush=True)
-    return {"algorithm": algorithm, "seed": seed, "curve": rows, "stop_reward": stop_reward, "provenance": provenance()}
+    """One run; its curve, steps and mean return of the last episodes after each iteration, is printed as it grows."""
+    algo = config(algorithm, seed).build_algo()
+    rows: list[dict[str, Any]] = []
+    points: list[tuple[int, float]] = []
+    while not points or (points[-1][0] < stop_timesteps and not points[-1][1] >= stop_reward):
+        rows.append(row(algo.train(), 0.0))
+        points.append((rows[-1]["env_steps"], round(recent_return(rows, EPISODES), 1)))
+        if len(rows) % 5 == 0:
+            print(f"{algorithm} seed {seed}: {points[-1][0]:>7,} steps, return {points[-1][1]:.0f}", flush=True)
+    algo.stop()
+    return {"algorithm": algorithm, "seed": seed, "curve": points, "provenance": provenance()}
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -99,7 +94,7 @@ def main() -> None:
     parser.add_argument("--algorithms", nargs="+", choices=["blpo", "ppo"], default=["blpo", "ppo"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--stop-timesteps", type=int, default=300_000)
-    parser.add_argument("--stop-reward", type=float, default=400.0)
+    parser.add_argument("--stop-reward", type=float, default=SUCCESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     OUTPUT.mkdir(exist_ok=True)
