@@ -7,6 +7,7 @@ from dataclasses import replace
 import gymnasium as gym
 import numpy as np
 import pytest
+import ray
 import torch
 from episodes import OBS_SIZE, episode
 from ray.rllib.core.columns import Columns
@@ -32,6 +33,7 @@ from blpo_rllib.core.update import BilevelUpdate
 from blpo_rllib.learning.connectors import MINIBATCH_SIZE, PackSegments
 from blpo_rllib.learning.players import RLModulePlayers
 from blpo_rllib.learning.recurrence import PLACE, Sequences, places, recurrent_observation
+from studies.recurrence import stateless_cartpole
 
 FLOAT64 = torch.float64
 NUM_ACTIONS, CELL = 2, 2
@@ -417,3 +419,11 @@ def test_rows_of_the_hessian_in_one_pass_are_those_one_by_one(oracle):
     critic._batched = False
     torch.testing.assert_close(rows, critic.second_order_rows(columns, loss.cotangent, 2 * weights))
     assert (rows - expected["hessian"][columns.index]).norm() <= 1e-7 * rows.norm()
+
+
+@pytest.mark.slow
+def test_learns_a_task_that_needs_memory():
+    curve = stateless_cartpole.run("blpo", 0, 300_000, stateless_cartpole.SUCCESS)["curve"]
+    ray.shutdown()
+    assert curve[-1][1] >= stateless_cartpole.SUCCESS
+    assert curve[-1][0] <= 300_000 + 1100

@@ -149,14 +149,15 @@ def write_page() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="run the scripts whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="run the scripts whose name contains one of these")
     parser.add_argument("--missing", action="store_true", help="leave out the scripts known to train")
     args = parser.parse_args()
     ray.init(include_dashboard=False, log_to_driver=False)
     outcomes = load()
     for script in scripts():
-        known = outcomes.setdefault(script.name, {})
-        if args.only not in script.name or (args.missing and known.get("BLPO", {}).get("kind") == "trained"):
+        known = outcomes.get(script.name, {})
+        wanted = any(part in script.name for part in args.only)
+        if not wanted or (args.missing and known.get("BLPO", {}).get("kind") == "trained"):
             continue
         for algorithm in ("BLPO", "PPO"):
             if algorithm == "PPO" and (known["BLPO"]["kind"] == "trained" or "PPO" in known):
@@ -164,7 +165,8 @@ def main() -> None:
             started = time.monotonic()
             outcome = run_script(script, algorithm)
             known[algorithm] = asdict(outcome)
-            save({name: each for name, each in outcomes.items() if each})
+            # Others may run other scripts meanwhile.
+            save(load() | {script.name: known})
             seconds = time.monotonic() - started
             print(f"{script.name}, {algorithm}: {outcome.kind} ({seconds:.0f} s) {outcome.detail[:300]}", flush=True)
     write_page()
