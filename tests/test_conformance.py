@@ -14,10 +14,8 @@ def test_the_table_in_the_docs_is_that_of_the_results():
     assert text[text.index(run.BEGIN) + len(run.BEGIN) : text.index(run.END)].strip() == run.table()
 
 
-def test_every_script_has_a_result_and_one_line_to_change():
-    """Scripts of another RLlib than that of the results would be missing in the table."""
+def test_one_line_is_changed_in_every_script():
     for script in scripts():
-        assert script.name in OUTCOMES
         changed = [line for line in script.with_blpo().splitlines() if line not in script.source.splitlines()]
         assert len(changed) == 1, script.name
 

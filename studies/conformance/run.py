@@ -112,7 +112,7 @@ def table() -> str:
     known = [script for script in scripts() if script.name in outcomes]
     for script in known:
         blpo, ppo = outcomes[script.name]["BLPO"], outcomes[script.name].get("PPO")
-        if not counts(outcomes, script):
+        if ppo is not None and not counts(outcomes, script):
             others.append(f"| `{script.name}` | {_cell(ppo['detail'])} |")
             continue
         why = script.change if blpo["kind"] == "trained" else _cell(blpo["detail"])
