@@ -50,7 +50,8 @@ class Point:
     steps: int = 640
 
     def shape(self):
-        return replace(SHAPES["hopper"], num_envs=8, num_epochs=1, length=self.steps, hiddens=(self.width, self.width))
+        model = {"fcnet_hiddens": [self.width, self.width]}
+        return replace(SHAPES["hopper"], num_envs=8, num_epochs=1, length=self.steps, model=model)
 
 
 TABLES = {
@@ -141,7 +142,7 @@ def run_only(kind: str, arguments: dict, device: str) -> dict[str, float]:
 
 
 def update_row(point: Point, device: str, threads: int, rounds: int) -> dict:
-    timed = measure(point.shape(), point.rank, device, rounds, warmup=1, compiled=False)
+    timed = measure(point.shape(), point.rank, device, rounds, warmup=1)
     own = {"ms": timed["ms_per_minibatch"]["blpo"], "ratio_to_rllib_ppo": timed["ratio_to_rllib_ppo"]["blpo"]}
     return asdict(point) | own | in_own_process("update", asdict(point), device, threads)
 

@@ -1,6 +1,7 @@
 """Times the update phase of BLPO, nested PPO and RLlib's own PPO learner on one random batch, in one process.
 
     python -m benchmarks.update_phase --shapes hopper cartpole --rank 5 --device cpu --threads 2
+    python -m benchmarks.update_phase --shapes hopper large cnn --device cuda
 
 Each learner gets the same episodes, turned into its train batch by its own connectors beforehand; what is timed is
 ``Learner.update(batch=...)``: all epochs and minibatches, metrics included. Rounds of the learners alternate, and the
@@ -13,7 +14,8 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -41,10 +43,10 @@ class Shape:
     num_envs: int
     length: int
     num_epochs: int
-    observation_size: int
+    observation_shape: tuple[int, ...]
     action_space: gym.Space
     num_critic_updates: int
-    hiddens: tuple[int, ...] = (64, 64)
+    model: dict[str, Any] = field(default_factory=dict)
     segment_length: int | None = None
     segments_per_minibatch: int = 1
 
@@ -57,24 +59,32 @@ class Shape:
         return self.num_envs * self.length // self.minibatch_size * self.num_epochs
 
 
+_BOX = gym.spaces.Box(-1, 1, (3,), np.float32)
+_WIDE = {"fcnet_hiddens": [256, 256, 256]}
+# Mnih et al. 2015.
+_NATURE = {
+    "conv_filters": [[32, 8, 4], [64, 4, 2], [64, 3, 1]],
+    "conv_activation": "relu",
+    "head_fcnet_hiddens": [512],
+    "head_fcnet_activation": "relu",
+}
 SHAPES = {
-    "hopper": Shape(32, 640, 4, 11, gym.spaces.Box(-1, 1, (3,), np.float32), 3),
-    "cartpole": Shape(4, 128, 4, 4, gym.spaces.Discrete(2), 5),
+    "hopper": Shape(32, 640, 4, (11,), _BOX, 3),
+    "cartpole": Shape(4, 128, 4, (4,), gym.spaces.Discrete(2), 5),
     # HalfCheetah with the small minibatches that learn fastest.
     "small": Shape(
-        8, 256, 4, 17, gym.spaces.Box(-1, 1, (6,), np.float32), 3, segment_length=16, segments_per_minibatch=4
+        8, 256, 4, (17,), gym.spaces.Box(-1, 1, (6,), np.float32), 3, segment_length=16, segments_per_minibatch=4
     ),
-    "wide": Shape(64, 4096, 1, 11, gym.spaces.Box(-1, 1, (3,), np.float32), 3, (256, 256, 256)),
+    "wide": Shape(64, 4096, 1, (11,), _BOX, 3, _WIDE),
+    "large": Shape(4096, 64, 1, (11,), _BOX, 3, _WIDE, segment_length=64, segments_per_minibatch=512),
+    "cnn": Shape(4, 128, 1, (84, 84, 4), gym.spaces.Discrete(6), 2, _NATURE),
 }
 
 
 def configure(config, shape: Shape, device: str, **training):
     """The settings that all learners share."""
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (shape.observation_size,), np.float32)
-    model = REFERENCE_MODEL_CONFIG | {
-        "fcnet_hiddens": list(shape.hiddens),
-        "free_log_std": isinstance(shape.action_space, gym.spaces.Box),
-    }
+    observation_space = gym.spaces.Box(-np.inf, np.inf, shape.observation_shape, np.float32)
+    model = REFERENCE_MODEL_CONFIG | shape.model | {"free_log_std": isinstance(shape.action_space, gym.spaces.Box)}
     return (
         config.environment(observation_space=observation_space, action_space=shape.action_space)
         .env_runners(num_env_runners=0, num_envs_per_env_runner=shape.num_envs)
@@ -89,8 +99,8 @@ def configure(config, shape: Shape, device: str, **training):
     )
 
 
-def learners(shape: Shape, rank: int, device: str, compiled: bool) -> dict:
-    """The learners to compare, by name."""
+def learners(shape: Shape, rank: int, device: str) -> dict:
+    """The learners to compare, by name; on a GPU BLPO also without its graphs."""
     nested = {"num_critic_updates": shape.num_critic_updates, "segment_length": shape.segment_length}
     ppo = {"use_kl_loss": False, "lr": 3e-4, "gamma": 0.99, "lambda_": 0.95, "clip_param": 0.2}
     configs = {
@@ -98,9 +108,8 @@ def learners(shape: Shape, rank: int, device: str, compiled: bool) -> dict:
         "nested_ppo": configure(BLPOConfig(), shape, device, hypergradient="none", **nested),
         "blpo": configure(BLPOConfig(), shape, device, nystrom_rank=rank, **nested),
     }
-    if compiled:
-        for name in ("nested_ppo", "blpo"):
-            configs[f"{name}_compiled"] = configs[name].copy(copy_frozen=False).framework(torch_compile_learner=True)
+    if device == "cuda":
+        configs["blpo_eager"] = configs["blpo"].copy(copy_frozen=False).training(cuda_graphs=False)
     return {name: config.build_learner() for name, config in configs.items()}
 
 
@@ -114,7 +123,7 @@ def random_episodes(shape: Shape, seed: int) -> list[SingleAgentEpisode]:
         outputs = shape.action_space.n if discrete else 2 * shape.action_space.shape[0]
         episodes.append(
             SingleAgentEpisode(
-                observations=list(rng.normal(size=(shape.length + 1, shape.observation_size)).astype(np.float32)),
+                observations=list(rng.normal(size=(shape.length + 1, *shape.observation_shape)).astype(np.float32)),
                 actions=list(rng.integers(shape.action_space.n, size=size) if discrete else rng.normal(size=size)),
                 rewards=list(rng.normal(size=shape.length)),
                 extra_model_outputs={
@@ -151,9 +160,9 @@ def time_round(learner, batch, shape: Shape) -> float:
     return 1e3 * (time.perf_counter() - start) / shape.num_minibatches
 
 
-def measure(shape: Shape, rank: int, device: str, rounds: int, warmup: int, compiled: bool) -> dict:
+def measure(shape: Shape, rank: int, device: str, rounds: int, warmup: int) -> dict:
     """Milliseconds per minibatch by learner, and their ratios to RLlib's PPO learner."""
-    by_name = learners(shape, rank, device, compiled)
+    by_name = learners(shape, rank, device)
     batches, first_update, milliseconds = {}, {}, {name: [] for name in by_name}
     for name, learner in by_name.items():
         batches[name] = train_batch(learner, random_episodes(shape, seed=0), shape)
@@ -202,19 +211,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch's intra-op threads")
     parser.add_argument("--rounds", type=int, default=7, help="timed update phases per learner")
     parser.add_argument("--warmup", type=int, default=1, help="untimed update phases per learner after the first")
-    parser.add_argument(
-        "--compiled",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also time BLPO with torch_compile_learner=True",
-    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     before = matrix_product_ms()
-    results = {
-        name: measure(SHAPES[name], args.rank, args.device, args.rounds, args.warmup, args.compiled)
-        for name in args.shapes
-    }
+    results = {name: measure(SHAPES[name], args.rank, args.device, args.rounds, args.warmup) for name in args.shapes}
     print(
         json.dumps(
             {

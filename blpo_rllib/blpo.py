@@ -131,6 +131,7 @@ class BLPOConfig(PPOConfig):
         self.exact_damping = 50.0
         self.scaled_identity_damping = 50.0
         self.native_kernels = True
+        self.cuda_graphs = True
 
         # Names of the settings that somebody has set since, by whatever way.
         self.set_by_user: frozenset[str] = frozenset()
@@ -206,6 +207,7 @@ class BLPOConfig(PPOConfig):
         exact_damping: float = NotProvided,
         scaled_identity_damping: float = NotProvided,
         native_kernels: bool = NotProvided,
+        cuda_graphs: bool = NotProvided,
         **kwargs: Any,
     ) -> Self:
         """Sets the training related configuration.
@@ -258,7 +260,9 @@ class BLPOConfig(PPOConfig):
             exact_damping: ρ >= 0 of the exact solver.
             scaled_identity_damping: ρ > 0 of the solver without curvature.
             native_kernels: Take perceptrons on a CPU through compiled kernels, built once per machine with g++ (without
-                one: a warning, and torch operations instead). They give way to ``torch_compile_learner``.
+                one: a warning, and torch operations instead).
+            cuda_graphs: On a GPU, record the work of a minibatch as a CUDA graph, and replay it for the others. Where
+                that fails: a warning, and kernel by kernel.
             **kwargs: PPO's and RLlib's own arguments. ``minibatch_size`` counts steps and should be a multiple of the
                 segment length. :mod:`blpo_rllib.ppo_settings` says what becomes of each.
 
@@ -383,6 +387,7 @@ class BLPOConfig(PPOConfig):
             except ValueError as error:
                 raise ValueError(f"module {module_id!r}: {error}" if module_id else error) from None
         self._validate_segments()
+        self._validate_learners()
         self._validate_modules()
         if not self.in_evaluation:
             for message in self._notices():
@@ -489,8 +494,9 @@ class BLPOConfig(PPOConfig):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or value <= 0):
                 self._value_error(f"{name}={value!r} must be a number > 0, or None for none")
-        if not isinstance(self.native_kernels, bool):
-            self._value_error(f"native_kernels={self.native_kernels!r} must be True or False")
+        for name in ("native_kernels", "cuda_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                self._value_error(f"{name}={getattr(self, name)!r} must be True or False")
         for name in ("hypergradient_bound", "cross_clip_param"):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or value < 0):
@@ -517,12 +523,6 @@ class BLPOConfig(PPOConfig):
         except ValueError as error:
             self._value_error(str(error))
 
-        if self.torch_compile_learner and self.nystrom_redraw:
-            self._value_error(
-                "nystrom_redraw=True with torch_compile_learner=True would compile the update anew for every draw: "
-                "set one of them to False"
-            )
-
     def _validate_without_meaning(self) -> None:
         for message in ppo_settings.refusals(self):
             self._value_error(message)
@@ -535,6 +535,13 @@ class BLPOConfig(PPOConfig):
         if self.grad_clip is not None and self.grad_clip_by != "global_norm":
             self._value_error(
                 f"grad_clip_by={self.grad_clip_by!r} is not supported by BLPO: use 'global_norm' (per player)"
+            )
+
+    def _validate_learners(self) -> None:
+        if (self.num_learners or 0) > 1 and 0 < self.num_gpus_per_learner < 1:
+            self._value_error(
+                f"num_gpus_per_learner={self.num_gpus_per_learner!r} with num_learners={self.num_learners}: NCCL takes "
+                "no two learners on one GPU. Use num_gpus_per_learner=1, or num_learners=1"
             )
 
     def _validate_segments(self) -> None:

@@ -107,6 +107,12 @@ SETTINGS = (
     ),
     PPOSetting("use_critic", Fate.REFUSED, "BLPO needs the critic: leave it True", (True,)),
     PPOSetting("use_gae", Fate.REFUSED, "BLPO differentiates through GAE: leave it True", (True,)),
+    PPOSetting(
+        "torch_compile_learner",
+        Fate.REFUSED,
+        "the update records CUDA graphs by itself (cuda_graphs): leave it False",
+        (False,),
+    ),
     PPOSetting("_torch_grad_scaler_class", Fate.REFUSED, "BLPO trains in one precision: leave it None", (None,)),
     PPOSetting(
         "num_aggregator_actors_per_learner", Fate.REFUSED, "BLPO packs segments on the learner: leave it 0", (0,)

@@ -147,6 +147,53 @@ def _normalised(env: str, num_critic_updates: int = 3, bound: float = 1.0, cross
     )
 
 
+def _images(env: str, convolutions: list[list[int]], hidden: int, steps: int) -> BLPOConfig:
+    """Images, of bytes or bits: convolutions under one hidden layer, PPO's usual batches, rates that fall to 0."""
+    return (
+        BLPOConfig()
+        .environment(env)
+        .env_runners(num_env_runners=0, num_envs_per_env_runner=16)
+        .rl_module(
+            model_config={
+                "conv_filters": convolutions,
+                "conv_activation": "relu",
+                "head_fcnet_hiddens": [hidden],
+                "head_fcnet_activation": "relu",
+            }
+        )
+        .training(
+            train_batch_size_per_learner=2048,
+            minibatch_size=256,
+            segment_length=32,
+            num_epochs=4,
+            num_critic_updates=2,
+            actor_lr=[[0, 1e-3], [steps, 0.0]],
+            critic_lr=[[0, 2e-3], [steps, 0.0]],
+            entropy_coeff=0.01,
+        )
+    )
+
+
+def _minatar(game: str) -> BLPOConfig:
+    """:func:`_images` settings of a MinAtar game (Young & Tian 2019): 10 × 10 bits for each kind of object.
+
+    Raises:
+        ImportError: If MinAtar is not installed.
+    """
+    require("minatar", "minatar", game)
+    return _images(f"MinAtar/{game}-v1", [[16, 3, 1]], hidden=128, steps=1_000_000)
+
+
+def _atari(game: str) -> BLPOConfig:
+    """:func:`_images` settings of an Atari game, four grey frames in half of the usual resolution.
+
+    Raises:
+        ImportError: If the emulator is not installed.
+    """
+    require("ale_py", "atari", game)
+    return _images(f"blpo_rllib.sampling.atari:Small{game}-v0", [[16, 4, 2], [32, 4, 2], [32, 3, 2]], 256, 1_000_000)
+
+
 TASKS: dict[str, Task] = {
     "acrobot": Task(lambda: _classic_control("Acrobot-v1"), stop_reward=-100.0, stop_timesteps=400_000),
     # The reference has no settings of its own for the ant.
@@ -156,6 +203,7 @@ TASKS: dict[str, Task] = {
         stop_timesteps=1_000_000,
         tune=mixed_minibatches,
     ),
+    "atari_pong": Task(lambda: _atari("Pong"), stop_reward=18.0, stop_timesteps=1_000_000),
     "cartpole": Task(lambda: _classic_control("CartPole-v1"), stop_reward=475.0, stop_timesteps=500_000),
     "halfcheetah": Task(
         lambda: _mujoco("HalfCheetah-v5", num_critic_updates=7, bound=1.4, cross_clip=0.7),
@@ -189,6 +237,8 @@ TASKS: dict[str, Task] = {
         stop_timesteps=1_000_000,
         tune=mixed_minibatches,
     ),
+    "minatar_breakout": Task(lambda: _minatar("Breakout"), stop_reward=15.0, stop_timesteps=1_000_000),
+    "minatar_space_invaders": Task(lambda: _minatar("SpaceInvaders"), stop_reward=60.0, stop_timesteps=1_000_000),
     "pusher": Task(lambda: _mujoco("Pusher-v5"), stop_reward=-45.0, stop_timesteps=1_000_000),
     "reacher": Task(lambda: _mujoco("Reacher-v5"), stop_reward=-6.0, stop_timesteps=1_000_000),
     # A stroke pays off after hundreds of steps: at a discount of 0.99 no algorithm learns to swim.

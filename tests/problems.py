@@ -41,12 +41,17 @@ def network(*sizes, activation=nn.Tanh):
 
 def gaussian_terms(mean, log_std, actions, old_mean=None):
     """logp, entropy and KL [n] of a diagonal Gaussian."""
-    distribution = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
+    distribution = _gaussian(mean, log_std.exp())
     kl = None
     if old_mean is not None:
-        old = torch.distributions.Independent(torch.distributions.Normal(old_mean, torch.ones_like(old_mean)), 1)
-        kl = torch.distributions.kl_divergence(old, distribution)
+        kl = torch.distributions.kl_divergence(_gaussian(old_mean, torch.ones_like(old_mean)), distribution)
     return distribution.log_prob(actions), distribution.entropy(), kl
+
+
+def _gaussian(mean, std):
+    """As in RLlib, without checks, which read numbers on the host."""
+    normal = torch.distributions.Normal(mean, std, validate_args=False)
+    return torch.distributions.Independent(normal, 1, validate_args=False)
 
 
 class SmallPlayers(Players):

@@ -317,7 +317,7 @@ def test_what_cannot_be_reported_says_why(tmp_path):
 
 
 def test_all_tuned_tasks_are_compared():
-    assert set(contestants.TASKS) == set(TASKS)
+    assert set(contestants.TASKS) == {task for task in TASKS if not task.startswith(("atari_", "minatar_"))}
     assert all(isinstance(contestants.example(task, "gymnasium"), BLPOConfig) for task in contestants.TASKS)
 
 

@@ -100,12 +100,24 @@ def test_search_spaces_and_round_trips():
         ({"use_critic": False}, "use_critic=False"),
         ({"use_gae": False}, "use_gae=False|[Vv]alue"),
         ({"grad_clip": 1.0, "grad_clip_by": "value"}, "grad_clip_by='value' is not supported"),
+        ({"cuda_graphs": 1}, "cuda_graphs=1 must be True or False"),
         ({"segment_length": 0}, "segment_length=0 must be an integer >= 1"),
     ],
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         config().training(**settings).validate()
+
+
+def test_compiling_the_learner_is_refused():
+    with pytest.raises(ValueError, match="torch_compile_learner=True has no meaning.*records CUDA graphs by itself"):
+        config().framework(torch_compile_learner=True).validate()
+
+
+def test_several_learners_on_one_gpu():
+    with pytest.raises(ValueError, match=r"num_gpus_per_learner=0.5 with num_learners=2: NCCL takes no two learners"):
+        config().learners(num_learners=2, num_gpus_per_learner=0.5).validate()
+    config().learners(num_learners=1, num_gpus_per_learner=0.5).validate()
 
 
 def test_fewer_segments_than_minibatches():
@@ -132,13 +144,6 @@ def test_module_without_value_function():
 
 def test_recurrent_modules_are_taken():
     with_spaces().rl_module(model_config={"use_lstm": True}).validate()
-
-
-def test_redrawn_coordinates_are_not_compiled():
-    c = config().framework(torch_compile_learner=True)
-    c.validate()
-    with pytest.raises(ValueError, match="nystrom_redraw=True with torch_compile_learner=True"):
-        c.training(nystrom_redraw=True).validate()
 
 
 def test_validation_can_be_switched_off_as_everywhere_in_rllib():

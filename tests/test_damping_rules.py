@@ -8,7 +8,7 @@ import torch
 from problems import FLOAT64, SmallPlayers, critic_loss, random_batch
 from test_data_parallel import error, train
 from test_ihvp import DenseCurvature, all_columns, check, generator, solve
-from test_update import SETTINGS, compiled, make, twins, weights
+from test_update import SETTINGS
 
 from blpo_rllib.core.curvature import Hessian
 from blpo_rllib.core.ihvp import Nystrom
@@ -105,18 +105,6 @@ def test_unequal_shards_change_nothing(rule):
     assert shared_metrics["damping"] == pytest.approx(metrics["damping"])
     other, *_ = train(Nystrom(4, 1e3), Hessian, SETTINGS, (), FLOAT64)
     assert error(other, alone) > 1e-6
-
-
-@RULES
-def test_compiled_equals_plain(rule):
-    plain, fast = twins()
-    plain.by_hand = True
-    updates = [make(plain, copy.deepcopy(rule)), make(fast, copy.deepcopy(rule), compile_=compiled("aot_eager"))]
-    torch.manual_seed(0)
-    batch = random_batch(num_segments=4)
-    metrics = [[update.run(batch, 2, SETTINGS) for _ in range(2)][-1] for update in updates]
-    torch.testing.assert_close(weights(fast), weights(plain), rtol=1e-7, atol=1e-9)
-    assert metrics[1] == pytest.approx(metrics[0], rel=1e-5, abs=1e-8)
 
 
 def test_intervals_are_welchs():

@@ -1,7 +1,6 @@
 """The update phase: by hand = automatic, invariance to padding, safety against non-finite numbers, state."""
 
 import copy
-import functools
 from dataclasses import replace
 
 import numpy as np
@@ -37,7 +36,7 @@ class BrokenSolver(IHVPSolver):
         return torch.full_like(v, float("nan"))
 
 
-def make(players, solver=None, curvature=Hessian, compile_=None):
+def make(players, solver=None, curvature=Hessian, recorder=None):
     """The update of these players, by compiled kernels throughout if they have them."""
     optimizers = [
         torch.optim.Adam(parameters, lr=lr, eps=1e-5, fused=True)
@@ -50,7 +49,7 @@ def make(players, solver=None, curvature=Hessian, compile_=None):
         solver,
         0,
         Reduction(),
-        compile_,
+        recorder,
         players.kernels,
     )
 
@@ -237,49 +236,6 @@ def test_parameters_of_any_memory_layout_and_a_moving_rate(kernels, max_norm):
         plain.step()
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def compiled(backend):
-    return functools.partial(torch.compile, backend=backend, dynamic=False, fullgraph=True)
-
-
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["traced", "compiled"]
-)
-@pytest.mark.parametrize("solver", [None, Nystrom(3, 0.1)], ids=["none", "nystrom"])
-def test_compiled_equals_plain(backend, solver, caplog):
-    """The whole minibatch is one graph, and gives the same numbers, bad minibatches included."""
-    torch._dynamo.reset()
-    batch = random_batch(num_segments=4)
-    rewards = batch.rewards.clone()
-    rewards[0, 1] = float("inf")
-    _, plain, fast = twins(3)
-    updates = [make(plain, copy.deepcopy(solver)), make(fast, copy.deepcopy(solver), compile_=compiled(backend))]
-    for data in (batch, replace(batch, rewards=rewards), batch):
-        metrics = [update.run(data, 2, SETTINGS) for update in updates]
-        # The residual is that of the last minibatch, which may be the bad one.
-        assert metrics[0] == pytest.approx(metrics[1], rel=1e-6, abs=1e-9, nan_ok=True)
-        torch.testing.assert_close(weights(fast), weights(plain), rtol=1e-8, atol=1e-10)
-    assert "torch.compile failed" not in caplog.text
-    for mine, theirs in zip(*map(optimizers_of, updates), strict=True):
-        for a, b in zip(mine.state.values(), theirs.state.values(), strict=True):
-            for name in a:
-                torch.testing.assert_close(a[name], b[name], rtol=1e-7, atol=1e-10)
-
-
-def test_failed_compilation_falls_back_with_one_warning(caplog):
-    def failing(graph, inputs):
-        raise ValueError("no compiler here")
-
-    torch._dynamo.reset()
-    batch = random_batch(num_segments=2)
-    _, plain, fast = twins(3)
-    make(plain, Nystrom(3)).run(batch, 2, SETTINGS)
-    update = make(fast, Nystrom(3), compile_=compiled(failing))
-    update.run(batch, 2, SETTINGS)
-    assert torch.equal(weights(fast), weights(plain))
-    assert caplog.text.count("torch.compile failed") == 1
-    assert "no compiler here" in caplog.text
 
 
 def test_epochs_end_at_the_largest_kl():

@@ -27,6 +27,11 @@ class AdamSteps:
         self._optimizer, self._parameters = optimizer, list(parameters)
         first = self._parameters[0]
         self._kernels = kernels if first.device.type == "cpu" and first.dtype in DTYPES else None
+        self._vector, self._first, self._second = (flatten(self._parameters).detach() for _ in range(3))
+        self._step = torch.zeros((), dtype=torch.float32, device=first.device)
+        # An accelerator's kernel reads float32; on CPU float64 keeps the rate exact.
+        rate_type = torch.float64 if first.device.type == "cpu" else torch.float32
+        self._lr = torch.zeros((), dtype=rate_type, device=first.device)
         self._lay_out()
         self.refresh()
 
@@ -58,17 +63,14 @@ class AdamSteps:
         )
 
     def _lay_out(self) -> None:
+        """Copies into the vectors, which stay where they are: recordings of the update hold their addresses."""
         states = [self._optimizer.state[p] for p in self._parameters]
         zeros = [torch.zeros_like(p, requires_grad=False) for p in self._parameters]
         with torch.no_grad():
-            self._vector = flatten(self._parameters)
-            self._first = flatten([s.get("exp_avg", z) for s, z in zip(states, zeros, strict=True)])
-            self._second = flatten([s.get("exp_avg_sq", z) for s, z in zip(states, zeros, strict=True)])
-            step = states[0].get("step", torch.zeros((), device=self._vector.device))
-            self._step = step.detach().clone().to(torch.float32)
-            # CUDA's kernel reads float32; on CPU float64 keeps the rate exact.
-            dtype = torch.float32 if self._vector.device.type == "cuda" else torch.float64
-            self._lr = torch.zeros((), dtype=dtype, device=self._vector.device)
+            self._vector.copy_(flatten(self._parameters))
+            self._first.copy_(flatten([s.get("exp_avg", z) for s, z in zip(states, zeros, strict=True)]))
+            self._second.copy_(flatten([s.get("exp_avg_sq", z) for s, z in zip(states, zeros, strict=True)]))
+            self._step.copy_(states[0].get("step", torch.zeros_like(self._step)))
         views = (unflatten(x, self._parameters) for x in (self._vector, self._first, self._second))
         for parameter, value, first, second in zip(self._parameters, *views, strict=True):
             parameter.data = value
@@ -92,10 +94,7 @@ class AdamSteps:
             if max_norm is not None:
                 gradient = gradient * (max_norm / norm).clamp(max=1.0)
             self._step += 1 - skip
-            if torch.compiler.is_compiling():
-                self._traceable_step(gradient, skip)
-            else:
-                self._fused_step(gradient, skip)
+            self._fused_step(gradient, skip)
             return skip
 
     def _native_step(self, kernels: Kernels, gradient: Tensor, max_norm: float | None) -> Tensor:
@@ -123,20 +122,6 @@ class AdamSteps:
             grad_scale=None,
             found_inf=skip,
         )
-
-    def _traceable_step(self, gradient: Tensor, skip: Tensor) -> None:
-        """The fused kernel's arithmetic (Kingma & Ba 2015, algorithm 1) in operations that a compiler can fuse."""
-        beta1, beta2 = self._betas
-        step = self._step.double().clamp(min=1)
-        rate = (self._lr / (1 - beta1**step)).to(gradient.dtype)
-        correction = (1 - beta2**step).sqrt().to(gradient.dtype)
-        first = self._first + (1 - beta1) * (gradient - self._first)
-        second = beta2 * self._second + (1 - beta2) * gradient * gradient
-        change = rate * first / (second.sqrt() / correction + self._epsilon)
-        keep = skip > 0
-        self._vector.copy_(torch.where(keep, self._vector, self._vector - change))
-        self._first.copy_(torch.where(keep, self._first, first))
-        self._second.copy_(torch.where(keep, self._second, second))
 
 
 def _are_views(tensors: Sequence[Tensor], vector: Tensor) -> bool:

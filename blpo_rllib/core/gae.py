@@ -119,7 +119,7 @@ class BlockwiseAdvantage(AdvantageOperator):
         first = piece[:, :, 0]
         following = torch.nn.functional.pad(first[:, 1:], (0, 1), value=-1)
 
-        decay = torch.as_tensor(gamma * lambda_, dtype=step.dtype, device=step.device)
+        decay = torch.full((), gamma * lambda_, dtype=step.dtype, device=step.device)
         return cls(
             _step=step,
             _next=masks.next(gamma),

@@ -59,13 +59,13 @@ class LeaderLoss:
 
     Attributes:
         clip: ε, the clip width of the surrogate s.
-        entropy_coeff: c_H.
-        kl_coeff: c_KL; None to leave the KL divergence from the old policy out.
+        entropy_coeff: c_H, a number or a scalar on the device; None to leave the entropy out.
+        kl_coeff: c_KL likewise; None to leave the KL divergence from the old policy out.
     """
 
     clip: float
-    entropy_coeff: float = 0.0
-    kl_coeff: float | None = None
+    entropy_coeff: float | Tensor | None = None
+    kl_coeff: float | Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def leader_gradient(
     m = weights.flatten()
     gradient = actor.gradient(
         logp=(-weights * surrogate.ratio * surrogate.active * adv).flatten(),
-        entropy=-leader.entropy_coeff * m if leader.entropy_coeff else None,
+        entropy=None if leader.entropy_coeff is None else -leader.entropy_coeff * m,
         kl=None if leader.kl_coeff is None else leader.kl_coeff * m,
     )
     return surrogate, gradient

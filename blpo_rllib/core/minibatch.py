@@ -181,25 +181,31 @@ class Minibatch:
         segments: The segments [B, S, ...].
         targets: Value targets [B, S].
         weights: m [B, S]: 1 over the number of steps in the minibatch, on all processes, on steps; 0 elsewhere.
-        obs: Observations slot by slot, [n, ...].
-        actions: Actions slot by slot, [n, ...].
-        old_dist_inputs: Inputs of the old policy's distribution slot by slot, [n, d].
     """
 
     segments: SegmentBatch
     targets: Tensor
     weights: Tensor
-    obs: Any
-    actions: Any
-    old_dist_inputs: Tensor
 
     @classmethod
     def of(cls, segments: SegmentBatch, targets: Tensor, num_steps: Tensor) -> Minibatch:
         """The minibatch made of these segments; ``num_steps`` (a scalar) counts those of all processes."""
-        weights = segments.step / num_steps
-        return cls(
-            segments, targets, weights, slots(segments.obs), slots(segments.actions), slots(segments.old_dist_inputs)
-        )
+        return cls(segments, targets, segments.step / num_steps)
+
+    @property
+    def obs(self) -> Any:
+        """Observations slot by slot, [n, ...]."""
+        return slots(self.segments.obs)
+
+    @property
+    def actions(self) -> Any:
+        """Actions slot by slot, [n, ...]."""
+        return slots(self.segments.actions)
+
+    @property
+    def old_dist_inputs(self) -> Tensor:
+        """Inputs of the old policy's distribution slot by slot, [n, d]."""
+        return slots(self.segments.old_dist_inputs)
 
 
 class MinibatchResult(NamedTuple):

@@ -14,7 +14,7 @@ for a row of the Hessian that chain starts from a single unit of one layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,33 +45,43 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
 }
 
 
+# Rows of second derivatives are made in parts whose arrays, of all units at a part's slots for each of its rows, take
+# about this much memory.
+BLOCK_BYTES = 2**28
+# How many such arrays there are at a time.
+_ARRAYS = 4
+
+
 @dataclass(frozen=True)
-class UnitGroup:
-    """Single parameters of one layer l, found by their positions in the flat vector.
+class LayerPlaces:
+    """k single parameters as seen from layer l: those of other layers stand there with zeros, and disturb nothing.
 
     Attributes:
-        layer: l.
-        rows: Where they stand among all positions asked for, int64 [m].
-        units: Row r of each, int64 [m].
-        inputs: Column c of each, int64 [m]; 0 for biases.
-        is_bias: bool [m, 1].
-        batch: 0 ... m − 1.
+        units: Row r of each, int64 [k].
+        inputs: Column c of each, int64 [k]; 0 for biases.
+        is_weight: 1 for weights of layer l, else 0, [k, 1].
+        is_bias: 1 for biases of layer l, else 0, [k, 1].
     """
 
-    layer: int
-    rows: Tensor
     units: Tensor
     inputs: Tensor
+    is_weight: Tensor
     is_bias: Tensor
-    batch: Tensor
 
+    @classmethod
+    def of(cls, places: Tensor, layer: int, dtype: torch.dtype) -> LayerPlaces:
+        """Of the parameters at ``places`` [k, 3]: see :class:`Coordinates`."""
+        here = places[:, 0] == layer
+        is_weight, is_bias = here & (places[:, 2] >= 0), here & (places[:, 2] < 0)
+        return cls(
+            places[:, 1] * here,
+            places[:, 2] * is_weight,
+            *(mask[:, None].to(dtype) for mask in (is_weight, is_bias)),
+        )
 
-@dataclass(frozen=True)
-class Sparse:
-    """[m, d, n] that is zero but for one unit (int64 [m]) of each, whose row is in ``values`` [m, n]."""
-
-    units: Tensor
-    values: Tensor
+    def drive(self, hidden: Tensor) -> Tensor:
+        """How each parameter moves z_l of its unit, [k, n]: by h_{l-1}[c], or 1 for a bias; h_{l-1} is ``hidden``."""
+        return hidden[self.inputs] * self.is_weight + self.is_bias
 
 
 class MLP:
@@ -99,29 +109,18 @@ class MLP:
         return cls(layers, activations) if alternate else None
 
     def columns(self, indices: np.ndarray) -> Coordinates:
-        """The parameters at ``indices`` (int64 [k]) of the flat vector, found layer by layer, on the host."""
-        index = torch.as_tensor(indices, device=self.layers[0].weight.device)
-        groups = self._locate(indices)
-        places = torch.empty(len(indices), 3, dtype=torch.int64)
-        for group in groups:
-            inputs = group.inputs.masked_fill(group.is_bias[:, 0], -1)
-            places[group.rows.cpu()] = torch.stack([torch.full_like(inputs, group.layer), group.units, inputs], 1).cpu()
-        return Coordinates(index, groups, places)
-
-    def _locate(self, indices: np.ndarray) -> list[UnitGroup]:
-        device, groups, offset = self.layers[0].weight.device, [], 0
-        for number, layer in enumerate(self.layers, start=1):
-            num_weights, num_units = layer.weight.numel(), layer.out_features
-            rows = np.flatnonzero((indices >= offset) & (indices < offset + num_weights + num_units))
-            position = indices[rows] - offset
-            is_bias = position >= num_weights
-            units = np.where(is_bias, position - num_weights, position // layer.in_features)
-            inputs = np.where(is_bias, 0, position % layer.in_features)
-            arrays = rows, units, inputs, is_bias[:, None], np.arange(len(rows))
-            if len(rows):
-                groups.append(UnitGroup(number, *(torch.as_tensor(x, device=device) for x in arrays)))
-            offset += num_weights + num_units
-        return groups
+        """The parameters at ``indices`` (int64 [k]) of the flat vector, found in their layers on the host."""
+        ends = np.cumsum([layer.weight.numel() + layer.bias.numel() for layer in self.layers])
+        layer = np.searchsorted(ends, indices, side="right")
+        num_weights, num_inputs = (
+            np.array([f(x) for x in self.layers])[layer] for f in (lambda x: x.weight.numel(), lambda x: x.in_features)
+        )
+        position = indices - np.concatenate(([0], ends))[layer]
+        is_bias = position >= num_weights
+        unit = np.where(is_bias, position - num_weights, position // num_inputs)
+        places = np.stack([layer + 1, unit, np.where(is_bias, -1, position % num_inputs)], 1)
+        device = self.layers[0].weight.device
+        return Coordinates(torch.as_tensor(indices, device=device), torch.as_tensor(places, device=device))
 
     def forward(self, x: Tensor) -> MLPPass:
         """Inputs [n, d_0] through all layers."""
@@ -179,26 +178,17 @@ class MLPPass:
         return cotangents
 
     def layer_gradient(self, layer: int, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        """g_l h_{l-1}ᵀ and Σ g_l for g_l [..., d_l, n]: the gradients in W_l and b_l, each flat [..., d]."""
-        if cotangent.dim() == 2:
-            return (cotangent @ self.hidden(layer - 1).T).flatten(), cotangent.sum(-1)
-        # Many at once: both in one product, with a row of ones under h.
-        product = cotangent.flatten(0, -2) @ self._hidden_and_ones(layer - 1).T
-        product = product.view(*cotangent.shape[:-1], -1)
-        return product[..., :-1].flatten(-2), product[..., -1]
-
-    def _hidden_and_ones(self, layer: int) -> Tensor:
-        hidden = self.hidden(layer)
-        return torch.cat([hidden, hidden.new_ones(1, hidden.shape[1])])
+        """g_l h_{l-1}ᵀ and Σ g_l for g_l [d_l, n]: the gradients in W_l and b_l, both flat."""
+        return (cotangent @ self.hidden(layer - 1).T).flatten(), cotangent.sum(-1)
 
     def backward(self, output: Tensor) -> Tensor:
         """The gradients of all layers, [p], for the output cotangent g_L [d_L, n]."""
         return self.gradient(self.cotangents(output))
 
     def gradient(self, cotangents: dict[int, Tensor]) -> Tensor:
-        """The gradients of all layers, [..., p], for g_l [..., d_l, n] by layer l."""
+        """The gradients of all layers, [p], for g_l [d_l, n] by layer l."""
         pieces = [self.layer_gradient(layer, cotangents[layer]) for layer in range(1, self.depth + 1)]
-        return torch.cat([piece for pair in pieces for piece in pair], -1)
+        return torch.cat([piece for pair in pieces for piece in pair])
 
 
 class MLPCriticPass(CriticPass):
@@ -207,13 +197,14 @@ class MLPCriticPass(CriticPass):
     Args:
         mlp: Its layers.
         forward: Their pass over the observations.
+        unit_cotangents: G_l by layer l, where they are known already.
     """
 
-    def __init__(self, mlp: MLP, forward: MLPPass):
+    def __init__(self, mlp: MLP, forward: MLPPass, unit_cotangents: dict[int, Tensor] | None = None):
         self._mlp, self._pass = mlp, forward
         self.values = self._pass.output[0]
         self.num_parameters = self._pass.num_parameters
-        self._unit_cotangents: dict[int, Tensor] | None = None
+        self._unit_cotangents = unit_cotangents
 
     @property
     def _g(self) -> dict[int, Tensor]:
@@ -226,7 +217,14 @@ class MLPCriticPass(CriticPass):
         return self._pass.backward(cotangent[None])
 
     def vjp(self, cotangent: Tensor) -> Tensor:
-        return self._pass.gradient({layer: cotangent[..., None, :] * g for layer, g in self._g.items()})
+        if cotangent.dim() == 1:
+            return self._pass.gradient({layer: cotangent * g for layer, g in self._g.items()})
+        rows = self.values.new_zeros(len(cotangent), self.num_parameters)
+        for some, slots in self._parts(*cotangent.shape):
+            part = self._at(slots)
+            for layer, g in part._g.items():
+                part._add_gradients(rows[some], layer, cotangent[some, None, slots] * g)
+        return rows
 
     def jvp(self, tangent: Tensor) -> Tensor:
         total = torch.zeros_like(self.values)
@@ -236,90 +234,99 @@ class MLPCriticPass(CriticPass):
         return total
 
     def jacobian_columns(self, columns: Coordinates) -> Tensor:
-        rows = self.values.new_empty(len(columns), len(self.values))
-        for group in columns.groups:
-            rows[group.rows] = self._g[group.layer][group.units] * self._drive(group)
-        return rows
-
-    def _drive(self, group: UnitGroup) -> Tensor:
-        """How each parameter of the group moves z_l of its unit: h_{l-1}[c], or 1 for a bias, [m, n]."""
-        return self._pass.hidden(group.layer - 1)[group.inputs].masked_fill(group.is_bias, 1.0)
+        total = self.values.new_zeros(len(columns), len(self.values))
+        for layer, at in self._places(columns).items():
+            total.addcmul_(self._g[layer][at.units], at.drive(self._pass.hidden(layer - 1)))
+        return total
 
     def second_order_rows(self, columns: Coordinates, first: Tensor, second: Tensor) -> Tensor:
-        rows = self.vjp(second * self.jacobian_columns(columns))
-        for group in columns.groups:
-            rows[group.rows] += self._second_derivative_rows(group, first)
+        rows = self.values.new_zeros(len(columns), self.num_parameters)
+        for some, slots in self._parts(len(columns), len(self.values)):
+            self._at(slots)._add_second_order_rows(rows[some], columns[some], first[slots], second[slots])
         return rows
 
-    def _second_derivative_rows(self, group: UnitGroup, first: Tensor) -> Tensor:
-        """Rows of Σ_t u_t ∇²V_t for parameters of one layer: the change of u ⊙ G_l h_{l-1}ᵀ, layer by layer, [m, p]."""
-        critic, layer = self._pass, group.layer
-        drive = self._drive(group)
-        tangents = self._tangents_above(group, drive)
-        bent = self._bent(group, first, drive, tangents)
-        pieces = []
-        for at in range(1, critic.depth + 1):
-            weight, bias = self._gradient_of(bent[at], at, len(drive))
-            if at - 1 > layer:
-                moved = tangents[at - 1] * critic.slope(at - 1)
-                weight = weight + (first * self._g[at]) @ moved.transpose(-1, -2)
-            elif at - 1 == layer:
-                moved = critic.slope(layer)[group.units] * drive
-                weight[group.batch, :, group.units] += moved @ (first * self._g[at]).T
-            pieces += [weight.flatten(1), bias]
-        return torch.cat(pieces, -1)
+    def _parts(self, count: int, num_slots: int) -> Iterator[tuple[slice, slice]]:
+        """Cuts ``count`` rows, and the slots if need be, so that a part's arrays stay within :data:`BLOCK_BYTES`."""
+        most = max(1, BLOCK_BYTES // (_ARRAYS * sum(self._mlp.sizes) * self.values.element_size()))
+        rows, slots = max(1, min(count, most // num_slots)), min(num_slots, most)
+        for row in range(0, count, rows):
+            for slot in range(0, num_slots, slots):
+                yield slice(row, row + rows), slice(slot, slot + slots)
 
-    def _gradient_of(self, cotangent: Tensor | Sparse | None, layer: int, count: int) -> tuple[Tensor, Tensor]:
-        """The gradients in W_l [m, d_l, d_{l-1}] and b_l [m, d_l] that belong to a change of g_l."""
-        shape = count, *self._pass.weight(layer).shape
-        if isinstance(cotangent, Tensor):
-            weight, bias = self._pass.layer_gradient(layer, cotangent)
-            return weight.view(shape), bias
-        weight, bias = self.values.new_zeros(shape), self.values.new_zeros(shape[:2])
-        if cotangent is not None:
-            batch = torch.arange(count, device=bias.device)
-            weight[batch, cotangent.units] = cotangent.values @ self._pass.hidden(layer - 1).T
-            bias[batch, cotangent.units] = cotangent.values.sum(-1)
-        return weight, bias
+    def _at(self, slots: slice) -> MLPCriticPass:
+        """This pass on some of the slots."""
+        hidden = [self._pass.hidden(layer)[:, slots] for layer in range(self._pass.depth)]
+        forward = MLPPass(self._mlp, hidden, self._pass.output[:, slots])
+        return MLPCriticPass(self._mlp, forward, {layer: g[:, slots] for layer, g in self._g.items()})
 
-    def _tangents_above(self, group: UnitGroup, drive: Tensor) -> dict[int, Tensor]:
-        """Tangents of z [m, d, n] in the hidden layers above that of the group."""
-        critic, tangents = self._pass, {}
-        for layer in range(group.layer + 1, critic.depth):
-            if layer == group.layer + 1:
-                moved = critic.slope(group.layer)[group.units] * drive
-                tangents[layer] = critic.weight(layer).T[group.units][:, :, None] * moved[:, None]
+    def _places(self, columns: Coordinates) -> dict[int, LayerPlaces]:
+        assert columns.places is not None
+        layers = range(1, self._pass.depth + 1)
+        return {layer: LayerPlaces.of(columns.places, layer, self.values.dtype) for layer in layers}
+
+    def _add_gradients(self, rows: Tensor, layer: int, cotangent: Tensor) -> None:
+        """Adds the gradients in W_l and b_l for the cotangents g_l [k, d_l, n] to ``rows`` [k, p]."""
+        weight, bias = self._of_layer(rows, layer)
+        product = cotangent.flatten(0, 1) @ self._pass.hidden(layer - 1).T
+        weight.add_(product.view_as(weight))
+        bias.add_(cotangent.sum(-1))
+
+    def _of_layer(self, rows: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """The parts of ``rows`` [k, p] that belong to W_l and b_l, [k, d_l, d_{l-1}] and [k, d_l]."""
+        outputs, inputs = self._pass.weight(layer).shape
+        begin = sum(x.numel() for x in self._mlp.parameters[: 2 * layer - 2])
+        end = begin + outputs * inputs
+        return rows[:, begin:end].view(-1, outputs, inputs), rows[:, end : end + outputs]
+
+    def _add_second_order_rows(self, rows: Tensor, columns: Coordinates, first: Tensor, second: Tensor) -> None:
+        """Adds to ``rows`` [k, p] what :meth:`second_order_product` gives for k directions of one parameter each.
+
+        In its layer the parameter moves z of a single unit, and takes part of that unit's cotangent to a single input.
+        """
+        critic, places = self._pass, self._places(columns)
+        drives = {layer: at.drive(critic.hidden(layer - 1)) for layer, at in places.items()}
+        tangents = self._tangents_of_places(places, drives)
+        change, bent = second * (tangents[critic.depth][:, 0] if critic.depth > 1 else drives[1]), None
+        for layer in range(critic.depth, 0, -1):
+            g = first * self._g[layer]
+            cotangent = change[:, None] * self._g[layer]
+            self._add_gradients(rows, layer, cotangent if bent is None else cotangent.add_(bent))
+            if layer == 1:
+                return
+            weight, below = self._of_layer(rows, layer)[0], layer - 1
+            bend = critic.bend(below, first * self._g[below])
+            bent = self._passed_on(layer, g, places[layer], bent).mul_(critic.slope(below))
+            if below > 1:
+                moved = tangents[below] * critic.slope(below)
+                weight.add_((moved.flatten(0, 1) @ g.T).view(*moved.shape[:2], -1).mT)
+                if bend is not None:
+                    bent.addcmul_(bend, tangents[below])
             else:
-                tangents[layer] = critic.weight(layer) @ (tangents[layer - 1] * critic.slope(layer - 1))
+                unit = places[1].units
+                _add_to_unit(weight.mT, unit, (drives[1] * critic.slope(1)[unit]) @ g.T)
+                if bend is not None:
+                    _add_to_unit(bent, unit, bend[unit] * drives[1])
+
+    def _tangents_of_places(self, places: dict[int, LayerPlaces], drives: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Tangents of z_2 ... z_L, [k, d, n]; that of z_1 is the drive of a single unit."""
+        critic, tangents = self._pass, dict[int, Tensor]()
+        for layer in range(2, critic.depth + 1):
+            weight, below = critic.weight(layer), layer - 1
+            if below == 1:
+                unit = places[1].units
+                tangent = weight.T[unit][:, :, None] * (drives[1] * critic.slope(1)[unit])[:, None]
+            else:
+                tangent = weight @ (tangents[below] * critic.slope(below))
+            _add_to_unit(tangent, places[layer].units, drives[layer])
+            tangents[layer] = tangent
         return tangents
 
-    def _bent(
-        self, group: UnitGroup, first: Tensor, drive: Tensor, tangents: dict[int, Tensor]
-    ) -> list[Tensor | Sparse | None]:
-        """u ⊙ δG_l per layer: how G_l changes with the parameter, [m, d, n], or only in one unit, or not at all."""
-        critic = self._pass
-        bent: list[Tensor | Sparse | None] = [None] * (critic.depth + 1)
-        for layer in range(critic.depth - 1, 0, -1):
-            slope, above = critic.slope(layer), bent[layer + 1]
-            if isinstance(above, Sparse):
-                below: Tensor | None = critic.weight(layer + 1)[above.units][:, :, None] * above.values[:, None] * slope
-            else:
-                below = None if above is None else (critic.weight(layer + 1).T @ above) * slope
-            sparse = None
-            if layer + 1 == group.layer:
-                # The parameter itself passes G on, from its unit r to its input c; a bias does not.
-                passed = (first * self._g[group.layer][group.units]).masked_fill(group.is_bias, 0.0)
-                sparse = Sparse(group.inputs, passed * slope[group.inputs])
-            elif layer >= group.layer and (bend := critic.bend(layer, first * self._g[layer])) is not None:
-                if layer == group.layer:
-                    sparse = Sparse(group.units, bend[group.units] * drive)
-                else:
-                    moved = bend * tangents[layer]
-                    below = moved if below is None else below + moved
-            if sparse is not None and below is not None:
-                below[group.batch, sparse.units] += sparse.values
-            bent[layer] = sparse if below is None else below
-        return bent
+    def _passed_on(self, layer: int, g: Tensor, at: LayerPlaces, bent: Tensor | None) -> Tensor:
+        """How the cotangent of h_{l-1} changes, [k, d_{l-1}, n], for that of z_l ``bent`` and a moved weight in g_l."""
+        weight = self._pass.weight(layer)
+        passed = g.new_zeros(len(at.units), weight.shape[1], g.shape[1]) if bent is None else weight.T @ bent
+        _add_to_unit(passed, at.inputs, g[at.units] * at.is_weight)
+        return passed
 
     def second_order_product(self, tangent: Tensor, first: Tensor, second: Tensor) -> Tensor:
         critic, direction = self._pass, self._direction(tangent)
@@ -352,6 +359,11 @@ class MLPCriticPass(CriticPass):
     def _direction(self, tangent: Tensor) -> list[tuple[Tensor, Tensor]]:
         pieces = unflatten(tangent, self._mlp.parameters)
         return list(zip(pieces[::2], pieces[1::2], strict=True))
+
+
+def _add_to_unit(x: Tensor, units: Tensor, values: Tensor) -> None:
+    """Adds ``values`` [k, n] to one unit of each of ``x`` [k, d, n]."""
+    x.scatter_add_(1, units[:, None, None].expand(-1, 1, x.shape[2]), values[:, None])
 
 
 class MLPActorPass(ActorPass):

@@ -8,9 +8,8 @@ gives the same by hand for multi-layer perceptrons.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,25 +33,32 @@ class Coordinates:
 
     Attributes:
         index: int64 [k], on the critic's device.
-        groups: The same as positions in the critic's layers, where its pass needs that.
-        places: The same once more, int64 [k, 3]: layer, unit, and input or −1 for a bias.
+        places: The same as int64 [k, 3], layer, unit, and input or −1 for a bias, where the critic's pass needs that.
+        on_host: The same as ``index`` on the host, where the critic's pass needs that.
     """
 
     index: Tensor
-    groups: Sequence[Any] = ()
     places: Tensor | None = None
+    on_host: np.ndarray | None = None
 
     @classmethod
     def of(cls, indices: np.ndarray, device: torch.device) -> Coordinates:
-        """From indices on the host."""
-        return cls(torch.as_tensor(indices, device=device))
+        """For a pass that looks them up on the host."""
+        return cls(torch.as_tensor(indices, device=device), on_host=indices)
 
     def copy(self) -> Coordinates:
-        """The same in memory of its own, but for ``groups``."""
+        """The same in device memory of its own."""
         return replace(self, index=self.index.clone(), places=None if self.places is None else self.places.clone())
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __getitem__(self, some: slice) -> Coordinates:
+        return Coordinates(
+            self.index[some],
+            None if self.places is None else self.places[some],
+            None if self.on_host is None else self.on_host[some],
+        )
 
 
 class CriticPass(ABC):
@@ -127,8 +133,16 @@ def _gradient(outputs: Tensor, parameters: Sequence[Tensor], cotangent: Tensor, 
     return flatten(gradients)
 
 
+def _derivative(entry: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """The derivatives of a single number [1] in all ``inputs``, flat."""
+    return _gradient(entry, inputs, torch.ones_like(entry))
+
+
 class AutogradCriticPass(CriticPass):
     """By automatic differentiation, for any twice differentiable module.
+
+    Of a large network most parameters sit near the output. A single entry of the gradient is therefore taken from the
+    gradient of its own tensor alone: what lies below that tensor is not differentiated twice.
 
     Args:
         values: V [n], with its autograd graph.
@@ -140,35 +154,46 @@ class AutogradCriticPass(CriticPass):
     def __init__(self, values: Tensor, parameters: Sequence[Tensor], batched: bool = False):
         self._graph, self._parameters, self._batched = values, list(parameters), batched
         self.values = values.detach()
-        self.num_parameters = sum(x.numel() for x in self._parameters)
+        self._ends = np.cumsum([x.numel() for x in self._parameters])
+        self.num_parameters = int(self._ends[-1])
+        # A cotangent u of V and Jᵀ u as a function of it.
+        self._transposed: tuple[Tensor, Tensor] | None = None
+
+    def gradient(self, cotangent: Tensor) -> Tensor:
+        return _gradient(self._graph, self._parameters, cotangent)
 
     def vjp(self, cotangent: Tensor) -> Tensor:
-        if cotangent.dim() == 1:
-            return _gradient(self._graph, self._parameters, cotangent)
-        return self._gradients(self._graph, cotangent)
+        if cotangent.dim() > 1:
+            return self._gradients(self._graph, cotangent)
+        if self._transposed is not None:
+            return self.gradient(cotangent)
+        # In a form that serves the JVP too, which follows.
+        return self._transpose(cotangent)[1].detach()
 
     def jvp(self, tangent: Tensor) -> Tensor:
-        return self._jvps(tangent[None])[0]
+        """J x as the derivative of u ↦ (Jᵀ u) · x, which needs no forward-mode rules of the module's operations."""
+        # Whatever u: the function is linear.
+        probe, transposed = self._transposed or self._transpose(torch.zeros_like(self.values))
+        return torch.autograd.grad(transposed, probe, tangent, retain_graph=True, materialize_grads=True)[0]
+
+    def _transpose(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        probe = cotangent.detach().requires_grad_()
+        self._transposed = probe, _gradient(self._graph, self._parameters, probe, create_graph=True)
+        return self._transposed
 
     def jacobian_columns(self, columns: Coordinates) -> Tensor:
-        units = self.values.new_zeros(len(columns), self.num_parameters)
-        return self._jvps(units.scatter_(1, columns.index[:, None], 1.0))
-
-    def _jvps(self, tangents: Tensor) -> Tensor:
-        """J x as the derivative of u ↦ (Jᵀ u) · x, which needs no forward-mode rules of the module's operations."""
         probe = torch.zeros_like(self.values, requires_grad=True)
-        transposed = _gradient(self._graph, self._parameters, probe, create_graph=True)
-        products = [
-            torch.autograd.grad(transposed, probe, x, retain_graph=True, materialize_grads=True)[0] for x in tangents
-        ]
-        return torch.stack(products)
+        return torch.stack([_derivative(entry, [probe]) for entry in self._entries(columns, probe)])
 
     def second_order_rows(self, columns: Coordinates, first: Tensor, second: Tensor) -> Tensor:
-        picked = self._loss_gradient(first, second)[columns.index]
-        return self._gradients(picked, torch.eye(len(picked), dtype=picked.dtype, device=picked.device))
+        entries = list(self._entries(columns, self._cotangent(first, second)))
+        if not self._batched:
+            return torch.stack([_derivative(entry, self._parameters) for entry in entries])
+        return self._gradients(torch.cat(entries), torch.eye(len(entries), dtype=first.dtype, device=first.device))
 
     def second_order_product(self, tangent: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        return _gradient(self._loss_gradient(first, second), self._parameters, tangent)
+        gradient = _gradient(self._graph, self._parameters, self._cotangent(first, second), create_graph=True)
+        return _gradient(gradient, self._parameters, tangent)
 
     def _gradients(self, outputs: Tensor, cotangents: Tensor) -> Tensor:
         """The gradient of ``outputs`` [m] for each of the cotangents [k, m], [k, p]."""
@@ -179,10 +204,26 @@ class AutogradCriticPass(CriticPass):
         )
         return torch.cat([x.flatten(1) for x in rows], 1)
 
-    def _loss_gradient(self, first: Tensor, second: Tensor) -> Tensor:
-        """The gradient of Σ_t u_t V_t + a_t (V_t − V_t(w))²/2 in w, differentiable once more."""
-        cotangent = first + second * (self._graph - self.values)
-        return _gradient(self._graph, self._parameters, cotangent, create_graph=True)
+    def _cotangent(self, first: Tensor, second: Tensor) -> Tensor:
+        """With which Jᵀ u is the gradient of Σ_t u_t V_t + a_t (V_t − V_t(w))²/2 in w, differentiable once more."""
+        return first + second * (self._graph - self.values)
+
+    def _entries(self, columns: Coordinates, cotangent: Tensor) -> Iterator[Tensor]:
+        """The entries K of Jᵀ u, [1] each, with their graphs."""
+        assert columns.on_host is not None
+        owners = np.searchsorted(self._ends, columns.on_host, side="right")
+        wanted = np.unique(owners).tolist()
+        gradients = torch.autograd.grad(
+            self._graph,
+            [self._parameters[owner] for owner in wanted],
+            cotangent,
+            create_graph=True,
+            materialize_grads=True,
+        )
+        by_owner = dict(zip(wanted, gradients, strict=True))
+        for number, owner in enumerate(owners.tolist()):
+            begin = int(self._ends[owner]) - self._parameters[owner].numel()
+            yield by_owner[owner].reshape(-1).index_select(0, columns.index[number : number + 1] - begin)
 
 
 class AutogradActorPass(ActorPass):

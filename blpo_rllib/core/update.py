@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from blpo_rllib.core.adam import AdamSteps
 from blpo_rllib.core.advantages import Rollouts, anchored, full_advantages
 from blpo_rllib.core.curvature import Curvature
+from blpo_rllib.core.graphs import Graphed, GraphMaker
 from blpo_rllib.core.hypergradient import Hypergradient
 from blpo_rllib.core.ihvp import IHVPSolver
 from blpo_rllib.core.minibatch import (
@@ -40,29 +42,6 @@ logger = logging.getLogger(__name__)
 MAX_REPLAYED_SLOTS = 1 << 14
 
 
-class Compiled:
-    """A compiled function that goes back to the original, with one warning, if it cannot be compiled.
-
-    Args:
-        function: A function of tensors.
-        compile_: ``torch.compile`` with its options bound.
-    """
-
-    def __init__(self, function: Callable[..., Any], compile_: Callable[..., Any]):
-        self._original, self._function = function, compile_(function)
-
-    def __call__(self, *args: Any) -> Any:
-        if self._function is self._original:
-            return self._original(*args)
-        try:
-            return self._function(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            # Nothing has run yet: compilation comes before execution.
-            logger.warning("torch.compile failed, the update runs uncompiled from here on: %s", error)
-            self._function = self._original
-            return self._original(*args)
-
-
 class BilevelUpdate:
     """Trains two players on batches of segments.
 
@@ -74,7 +53,7 @@ class BilevelUpdate:
         solver: The inverse-Hessian-vector product; None for nested PPO, which follows g_θ alone.
         seed: Seeds the order of the segments and the solver's coordinates; the same on all processes.
         reduction: Sums over the processes that share each minibatch.
-        compile_: ``torch.compile`` with its options bound, to compile the minibatch update; None to run it as it is.
+        graphs: Records the work of a minibatch on an accelerator, to be replayed for the others; None for none.
         kernels: Compiled functions for the optimizers' steps on the CPU.
     """
 
@@ -87,7 +66,7 @@ class BilevelUpdate:
         solver: IHVPSolver | None,
         seed: int | Sequence[int],
         reduction: Reduction,
-        compile_: Callable[..., Any] | None = None,
+        graphs: GraphMaker | None = None,
         kernels: Kernels | None = None,
     ):
         self._players, self._curvature, self._solver = players, curvature, solver
@@ -100,12 +79,12 @@ class BilevelUpdate:
             AdamSteps(critic_optimizer, players.critic_parameters, kernels),
         )
         self._minibatch_update = MinibatchUpdate(players, *self._adams, curvature, solver, reduction)
-        self._take_minibatch: Callable[..., Any] = self._minibatch_update
         self._replayed: ReplayedUpdate | None = None
-        if compile_ is not None:
-            self._take_minibatch = Compiled(self._minibatch_update, compile_)
-        elif kernels is not None and self._is_replayable():
+        if kernels is not None and self._is_replayable():
             self._replayed = ReplayedUpdate(self._minibatch_update, self._adams, kernels)
+        self._graphed: Graphed | None = None
+        if graphs is not None and all(part is None or part.replayable for part in (curvature, solver)):
+            self._graphed = Graphed(self._take_rows, graphs, reduction)
         self._drawn: tuple[np.ndarray, Coordinates] | None = None
         self._rate_factor = 1.0
 
@@ -130,6 +109,8 @@ class BilevelUpdate:
         actor_adam, critic_adam = self._adams
         actor_adam.refresh(1.0 if settings.target_kl is None else self._rate_factor)
         critic_adam.refresh()
+        if self._graphed is not None:
+            self._graphed.start_phase()
         size = len(batch) // num_minibatches
         values = self._values(batch, size)
         adv = full_advantages(batch, values, rollouts)
@@ -144,9 +125,11 @@ class BilevelUpdate:
                 segments = anchored(batch, values, adv, settings.advantages, self._reduction)
             if self._solver is not None and settings.correction.sample == "batch":
                 sample = Minibatch.of(segments, targets, self._reduction.sum(segments.step.sum()))
-                shared = self._minibatch_update.hypergradient(sample, self._draw_columns(), settings)
-            for rows, num_steps in self._minibatches(segments, size):
-                result = self._step(segments, targets, rows, num_steps, settings, shared)
+                drawn = next(iter(self._draw_columns(1)), None)
+                shared = self._minibatch_update.hypergradient(sample, drawn, settings)
+            columns = self._draw_columns(0 if shared is not None else num_minibatches)
+            for (rows, num_steps), drawn in zip_longest(self._minibatches(segments, size), columns):
+                result = self._step(segments, targets, rows, num_steps, drawn, settings, shared)
                 # A sum, from the start: what a replay reports is overwritten by the next.
                 sums = result.metrics + (result.metrics.zeros() if sums is None else sums)
             num_updates += num_minibatches
@@ -188,17 +171,21 @@ class BilevelUpdate:
         if self._solver is not None and state["solver"] is not None:
             self._solver.set_state(state["solver"])
 
-    def _draw_columns(self) -> Coordinates | None:
-        """The coordinates that the solver picks for the next minibatch, drawn on the host."""
-        if self._solver is None:
-            return None
+    def _draw_columns(self, count: int) -> list[Coordinates]:
+        """The coordinates that the solver picks for each of the next samples, if any, copied to the device together."""
+        if self._solver is None or not count:
+            return []
         size = sum(p.numel() for p in self._players.critic_parameters)
-        indices = self._solver.draw(size, self._column_generator)
-        if indices is None:
-            return None
-        if self._drawn is None or self._drawn[0] is not indices:
-            self._drawn = indices, self._players.columns(indices)
-        return self._drawn[1]
+        drawn = [self._solver.draw(size, self._column_generator) for _ in range(count)]
+        chosen = [indices for indices in drawn if indices is not None]
+        if len(chosen) < count:
+            return []
+        if all(indices is chosen[0] for indices in chosen):
+            if self._drawn is None or self._drawn[0] is not chosen[0]:
+                self._drawn = chosen[0], self._players.columns(chosen[0])
+            return [self._drawn[1]] * count
+        everything, ends = self._players.columns(np.concatenate(chosen)), np.cumsum([len(x) for x in chosen])
+        return [everything[end - len(indices) : end] for indices, end in zip(chosen, ends, strict=True)]
 
     def _values(self, batch: SegmentBatch, size: int) -> Tensor:
         """V under the present critic, [M, S]."""
@@ -219,20 +206,33 @@ class BilevelUpdate:
         targets: Tensor,
         rows: Tensor,
         num_steps: Tensor,
+        columns: Coordinates | None,
         settings: UpdateSettings,
         shared: Hypergradient | None,
     ) -> MinibatchResult:
         """Updates the players by the minibatch that consists of some rows of the batch."""
-        columns = self._draw_columns() if shared is None else None
         if self._replayed is not None and len(rows) * batch.step.shape[1] <= MAX_REPLAYED_SLOTS:
             try:
                 return self._replayed(batch, targets, rows, num_steps, columns, settings, shared)
             except CannotRecordError as error:
                 logger.info("the update dispatches its operations one by one (slower), because %s", error)
                 self._replayed = None
-        minibatch = Minibatch.of(batch.permuted(rows), targets[rows], num_steps)
-        result: MinibatchResult = self._take_minibatch(minibatch, columns, settings, shared)
+        take = self._graphed or self._take_rows
+        result: MinibatchResult = take(batch, targets, rows, num_steps, columns, settings, shared)
         return result
+
+    def _take_rows(
+        self,
+        batch: SegmentBatch,
+        targets: Tensor,
+        rows: Tensor,
+        num_steps: Tensor,
+        columns: Coordinates | None,
+        settings: UpdateSettings,
+        shared: Hypergradient | None,
+    ) -> MinibatchResult:
+        minibatch = Minibatch.of(batch.permuted(rows), targets[rows], num_steps)
+        return self._minibatch_update(minibatch, columns, settings, shared)
 
     def _is_replayable(self) -> bool:
         """Whether minibatches of one shape take the same operations; sums over processes are not among those."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -26,6 +25,7 @@ from ray.rllib.utils.annotations import override
 from blpo_rllib.core import native
 from blpo_rllib.core.advantages import AdvantageRule, Rollouts
 from blpo_rllib.core.gae import AdvantageOperator, Masks, advantage_operator
+from blpo_rllib.core.graphs import CudaGraphs
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss
 from blpo_rllib.core.minibatch import Counts, UpdateSettings
 from blpo_rllib.core.native import Kernels
@@ -55,8 +55,8 @@ COMPONENT_BILEVEL = "bilevel"
 COMPONENT_LEARNER_CONNECTOR = "learner_connector"
 COMPONENT_LR_SCHEDULERS = "lr_schedulers"
 
-# A compiled update is compiled anew for each shape: slots per segment are rounded up to keep their number small.
-COMPILED_WIDTH_MULTIPLE = 32
+# Each shape of a batch has a graph of its own: slots per segment are rounded up to keep their number small.
+GRAPHED_WIDTH_MULTIPLE = 32
 
 
 class BLPOTorchLearner(PPOTorchLearner):
@@ -90,7 +90,7 @@ class BLPOTorchLearner(PPOTorchLearner):
         # PPO computes advantages once, on the host; here they are a function of the critic, inside the update.
         self._learner_connector.remove(GeneralAdvantageEstimation)
         self._learner_connector.insert_before(AddTimeDimToBatchAndZeroPad, AddStateOfEachStep())
-        width_multiple = COMPILED_WIDTH_MULTIPLE if self.config.torch_compile_learner else 1
+        width_multiple = GRAPHED_WIDTH_MULTIPLE if self._makes_graphs else 1
         pack = PackSegments(self._plan_segments, self._blank_item, width_multiple)
         self._learner_connector.append(pack)
         self._meeting_connectors.append(pack)
@@ -128,7 +128,7 @@ class BLPOTorchLearner(PPOTorchLearner):
             # The same on all learners, so that they draw the same coordinates; different for each module.
             [config.seed or 0, zlib.crc32(module_id.encode())],
             self._reduction,
-            self._compile,
+            CudaGraphs(self._device) if self._makes_graphs else None,
             self.kernels,
         )
 
@@ -147,25 +147,15 @@ class BLPOTorchLearner(PPOTorchLearner):
 
     @property
     def kernels(self) -> Kernels | None:
-        """The CPU kernels; a compiler traces torch operations, so that they stay out of a compiled update."""
-        wanted = self.config.native_kernels and not self.config.torch_compile_learner
-        return native.load() if wanted and self._device.type == "cpu" else None
+        """The CPU kernels, on a CPU."""
+        return native.load() if self.config.native_kernels and self._device.type == "cpu" else None
 
     @property
-    def _compile(self) -> Callable[..., Any] | None:
-        """RLlib's own switch and options for compiling the learner, applied to the minibatch update."""
-        if not self.config.torch_compile_learner:
-            return None
-        backend, mode = (
-            self.config.torch_compile_learner_dynamo_backend,
-            self.config.torch_compile_learner_dynamo_mode,
-        )
-        # Compiled CPU kernels bring a second OpenMP pool, which would fight with torch's own over the cores; they are
-        # small and the matrix products between them stay multi-threaded.
-        options = {"cpp.threads": 1} if backend == "inductor" and mode is None else None
-        return functools.partial(
-            torch.compile, backend=backend, mode=mode, options=options, dynamic=False, fullgraph=True
-        )
+    def _makes_graphs(self) -> bool:
+        """Whether minibatches are recorded as CUDA graphs; sums by another backend than NCCL cannot be part of one."""
+        if self.distributed and torch.distributed.get_backend() != "nccl":
+            return False
+        return self.config.cuda_graphs and self._device.type == "cuda"
 
     def _is_never_trained(self, module_id: str) -> bool:
         to_train = self.config.policies_to_train
@@ -337,13 +327,20 @@ class BLPOTorchLearner(PPOTorchLearner):
     def update_settings(self, module_id: str, num_epochs: int) -> UpdateSettings:
         """What an update of a module does at the present values of the schedules."""
         config = self.config.get_config_for_module(module_id)
+        kl_coeff = self.curr_kl_coeffs_per_module[module_id]
+        entropy_coeff = self.entropy_coeff_schedulers_per_module[module_id].get_current_value() or None
+        if not self._makes_graphs:
+            kl_coeff = float(kl_coeff)
+        elif entropy_coeff is not None:
+            # Schedules move it, and graphs hold no numbers of Python.
+            entropy_coeff = torch.full_like(kl_coeff, float(entropy_coeff))
         return UpdateSettings(
             num_epochs=num_epochs,
             num_critic_updates=config.num_critic_updates,
             leader=LeaderLoss(
                 clip=config.clip_param,
-                entropy_coeff=float(self.entropy_coeff_schedulers_per_module[module_id].get_current_value()),
-                kl_coeff=float(self.curr_kl_coeffs_per_module[module_id]) if config.use_kl_loss else None,
+                entropy_coeff=entropy_coeff,
+                kl_coeff=kl_coeff if config.use_kl_loss else None,
             ),
             grad_clip=config.grad_clip,
             correction=Correction(
@@ -399,5 +396,6 @@ class BLPOTorchLearner(PPOTorchLearner):
 
 def _total_loss(metrics: Mapping[str, float], leader: LeaderLoss) -> float:
     """PPO's total loss, with the value loss at full weight."""
-    penalties = (leader.kl_coeff or 0.0) * metrics["mean_kl_loss"] - leader.entropy_coeff * metrics["entropy"]
+    kl_coeff, entropy_coeff = (0.0 if x is None else float(x) for x in (leader.kl_coeff, leader.entropy_coeff))
+    penalties = kl_coeff * metrics["mean_kl_loss"] - entropy_coeff * metrics["entropy"]
     return metrics["policy_loss"] + penalties + metrics["vf_loss"]

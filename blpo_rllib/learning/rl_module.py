@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch
 from ray.rllib.algorithms.ppo.ppo_catalog import PPOCatalog
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
@@ -84,10 +85,18 @@ def _orthogonal_last_layer(head: nn.Module, gain: float | None) -> None:
     nn.init.zeros_(layer.bias)
 
 
+def _unit_interval(encoder: nn.Module, arguments: tuple[dict[str, Any]]) -> tuple[dict[str, Any]]:
+    """Bytes as numbers in [0, 1], bits as 0 and 1."""
+    (batch,) = arguments
+    obs, dtype = batch[Columns.OBS], next(encoder.parameters()).dtype
+    return ({**batch, Columns.OBS: obs.to(dtype) / 255 if obs.dtype == torch.uint8 else obs.to(dtype)},)
+
+
 class BLPOTorchRLModule(DefaultPPOTorchRLModule):
     """RLlib's default PPO module, except that the training pass leaves the critic out where it is separate.
 
-    ``free_log_std`` in the model config is ignored unless actions are continuous.
+    ``free_log_std`` in the model config is ignored unless actions are continuous. Images may be bytes or bits, which is
+    what travels and is stored; the encoders' device makes numbers in [0, 1] of them.
     """
 
     def __init__(self, *, action_space: gym.Space, model_config: Any, catalog_class: type | None = None, **kwargs: Any):
@@ -96,6 +105,14 @@ class BLPOTorchRLModule(DefaultPPOTorchRLModule):
         super().__init__(
             action_space=action_space, model_config=model_config, catalog_class=catalog_class or BLPOCatalog, **kwargs
         )
+
+    @override(RLModule)
+    def setup(self) -> None:
+        super().setup()
+        for name in ("actor_encoder", "critic_encoder"):
+            encoder = getattr(self.encoder, name, None)
+            if encoder is not None and self.observation_space.dtype in (np.uint8, np.bool_):
+                encoder.register_forward_pre_hook(_unit_interval)
 
     @override(RLModule)
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from blpo_rllib.core.ihvp.base import IHVPSolver, check_damping
 from blpo_rllib.core.networks import Coordinates
 
 
-class ConjugateGradient(IHVPSolver):
+class ConjugateGradient(IHVPSolver, replayable=True):
     """A fixed number of conjugate-gradient steps on (H + ρI) x = v, from x = 0.
 
     The method is derived for positive definite systems. On the indefinite Hessian of a critic with ρ = 0, which is the

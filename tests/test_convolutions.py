@@ -1,0 +1,134 @@
+"""Convolutional players in float64 against finite differences, and images of bytes and bits."""
+
+from dataclasses import replace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from problems import FLOAT64, NUM_ACTIONS, SmallPlayers, critic_loss, random_batch
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from test_hypergradient import LEADER, NONE, actor_of, check, surrogate_sum, vectors
+from torch import nn
+
+from blpo_rllib.core.curvature import GaussNewton, Hessian
+from blpo_rllib.core.hypergradient import Correction, hypergradient
+from blpo_rllib.core.ihvp import Exact
+from blpo_rllib.core.networks import unflatten
+from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
+
+STEP = 1e-5
+
+
+def network(outputs):
+    layers = [nn.Unflatten(1, (2, 5, 5)), nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 4), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(4, outputs)).double()
+
+
+class ConvolutionalPlayers(SmallPlayers):
+    def __init__(self):
+        super().__init__()
+        self.critic_network, self.actor_network = network(1), network(NUM_ACTIONS)
+        self.critic_parameters = list(self.critic_network.parameters())
+        self.actor_parameters = [*self.actor_network.parameters(), self.log_std]
+
+
+def differences(function, at):
+    """The derivative of a vector-valued function at ``at`` [n], by central differences, [n, ...]."""
+    units = STEP * torch.eye(len(at), dtype=FLOAT64)
+    return torch.stack([(function(at + unit) - function(at - unit)) / (2 * STEP) for unit in units])
+
+
+@pytest.fixture
+def problem():
+    players, batch = ConvolutionalPlayers(), random_batch()
+    batch = replace(batch, obs=torch.randn(*batch.step.shape, 50, dtype=FLOAT64))
+    return players, batch, critic_loss(players, batch)
+
+
+def loss_gradient(players, batch, loss, w):
+    """∇_w of the critic's loss at any w, by autograd."""
+    w = w.detach().requires_grad_()
+    names = [name for name, _ in players.critic_network.named_parameters()]
+    state = dict(zip(names, unflatten(w, players.critic_parameters), strict=True))
+    values = torch.func.functional_call(players.critic_network, state, (batch.obs.flatten(0, 1),))[:, 0]
+    return torch.autograd.grad((loss.weights * (loss.targets - values).square()).sum(), w)[0]
+
+
+def test_hypergradient_is_that_of_finite_differences(problem):
+    players, batch, loss = problem
+    w, theta = (x.detach() for x in vectors(players))
+    m, correction, damping = loss.weights.view_as(batch.step), Correction(0.4, None), 0.5
+    solver = Exact(damping)
+    result = hypergradient(
+        actor=actor_of(players, batch),
+        loss=loss,
+        batch=batch,
+        leader=LEADER,
+        correction=correction,
+        solver=solver,
+        curvature=Hessian(loss, NONE),
+        columns=players.columns(solver.draw(len(w), np.random.default_rng(0))),
+        reduction=NONE,
+    )
+
+    def objective(w, theta):
+        return -surrogate_sum(players, batch, w, theta, None, LEADER.clip, m)
+
+    with torch.no_grad():
+        g = differences(lambda theta: objective(w, theta), theta)
+        v = differences(lambda w: objective(w, theta), w)
+    hessian = differences(lambda w: loss_gradient(players, batch, loss, w), w)
+    x = torch.linalg.solve(hessian + damping * torch.eye(len(w), dtype=FLOAT64), v)
+
+    def cross_gradient(w):
+        leaf = theta.clone().requires_grad_()
+        value = surrogate_sum(players, batch, w, leaf, loss.targets, correction.cross_clip, -2 * batch.step)
+        return torch.autograd.grad(value, leaf)[0]
+
+    h = STEP / float(x.abs().max())
+    mixed = (cross_gradient(w + h * x) - cross_gradient(w - h * x)) / (2 * h)
+    check(result.grad_critic, v, rtol=1e-6)
+    check(result.ihvp, x, rtol=1e-6)
+    check(result.direction, g - mixed, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_rows_of_all_layers(problem, batched):
+    """Of which some are asked for, out of order."""
+    players, batch, loss = problem
+    loss.critic._batched = batched
+    w, _ = (x.detach() for x in vectors(players))
+    hessian = differences(lambda w: loss_gradient(players, batch, loss, w), w)
+    size = loss.critic.num_parameters
+    picked = np.random.default_rng(1).permutation(size)[:20]
+    columns = players.columns(picked)
+    check(Hessian(loss, NONE).rows(columns), hessian[picked], rtol=1e-6)
+    everything = players.columns(np.arange(size))
+    jacobian = loss.critic.jacobian_columns(everything).T
+    dense = jacobian.T @ (2 * loss.weights[:, None] * jacobian)
+    check(GaussNewton(loss, NONE).rows(columns), dense[picked])
+    x = torch.randn(size, dtype=FLOAT64)
+    check(loss.critic.jvp(x), jacobian @ x)
+    check(loss.critic.vjp(loss.weights), jacobian.T @ loss.weights)
+
+
+@pytest.mark.parametrize(("dtype", "high", "scale"), [(np.uint8, 255, 255.0), (np.bool_, 1, 1.0)])
+def test_images_of_bytes_and_bits(dtype, high, scale):
+    """As their numbers in [0, 1], in training and in acting."""
+    modules = []
+    for space in (gym.spaces.Box(0, high, (8, 8, 2), dtype), gym.spaces.Box(0, 1, (8, 8, 2), np.float32)):
+        torch.manual_seed(0)
+        model = REFERENCE_MODEL_CONFIG | {"conv_filters": [[4, 3, 2]], "head_fcnet_hiddens": [8]}
+        spec = RLModuleSpec(BLPOTorchRLModule, space, gym.spaces.Discrete(3), model_config=model)
+        modules.append(spec.build())
+    image = torch.as_tensor(np.random.default_rng(0).integers(0, high + 1, (5, 8, 8, 2)).astype(dtype))
+    for name in ("compute_values", "forward_train", "forward_inference"):
+        found, expected = (
+            getattr(module, name)({Columns.OBS: obs})
+            for module, obs in zip(modules, (image, image.float() / scale), strict=True)
+        )
+        if name != "compute_values":
+            found, expected = found[Columns.ACTION_DIST_INPUTS], expected[Columns.ACTION_DIST_INPUTS]
+        torch.testing.assert_close(found, expected)

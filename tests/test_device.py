@@ -1,0 +1,196 @@
+"""What the update asks of an accelerator, counted on a device without hardware."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from fake_device import DEVICE, fake_device
+from ray.rllib.core.columns import Columns
+
+from blpo_rllib import BLPOConfig
+from blpo_rllib.core import mlp
+from blpo_rllib.learning.connectors import SEGMENT_CONTINUES, SEGMENT_STEP
+from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG
+from blpo_rllib.learning.train_batch import ModuleSegments
+
+MODULE = "default_policy"
+FLOAT = 4
+# Arrays of all units of a critic of 64 and 64 units that a pass and its derivatives take at a time, per slot.
+ACTIVATIONS = 8 * (64 + 64)
+BOX = gym.spaces.Box(-1, 1, (3,), np.float32)
+VECTOR = gym.spaces.Box(-np.inf, np.inf, (11,), np.float32)
+ACTIONS = gym.spaces.Discrete(4)
+IMAGE = gym.spaces.Box(-1, 1, (10, 10, 4), np.float32)
+CONVOLUTIONS = {"conv_filters": [[8, 3, 2], [16, 3, 2]], "conv_activation": "relu", "head_fcnet_hiddens": [32]}
+
+
+def build(observation_space=VECTOR, action_space=BOX, model=None, **training):
+    """A learner on the fake device."""
+    config = (
+        BLPOConfig()
+        .environment(observation_space=observation_space, action_space=action_space)
+        .rl_module(model_config=REFERENCE_MODEL_CONFIG | (model or {}))
+        .training(train_batch_size_per_learner=1024, minibatch_size=128, **training)
+        .env_runners(num_envs_per_env_runner=8)
+    )
+    learner = config.build_learner()
+    # RLlib makes it in a way that the fake device does not know.
+    learner.curr_kl_coeffs_per_module[MODULE] = torch.zeros((), device=DEVICE)
+    return learner
+
+
+def columns(learner, num_segments, width):
+    """A batch of segments as the connectors hand it over."""
+    module = learner.module[MODULE].unwrapped()
+    shape = num_segments, width
+    discrete = isinstance(module.action_space, gym.spaces.Discrete)
+    outputs = module.action_space.n if discrete else 2 * module.action_space.shape[0]
+    actions = torch.zeros(shape, dtype=torch.int64) if discrete else torch.zeros(*shape, *module.action_space.shape)
+    floats = {
+        Columns.OBS: module.observation_space.shape,
+        Columns.ACTION_LOGP: (),
+        Columns.ACTION_DIST_INPUTS: (outputs,),
+        Columns.REWARDS: (),
+        Columns.TERMINATEDS: (),
+    }
+    batch = {name: torch.zeros(*shape, *size) for name, size in floats.items()} | {Columns.ACTIONS: actions}
+    batch |= {name: torch.ones(shape, dtype=torch.bool) for name in (SEGMENT_STEP, SEGMENT_CONTINUES)}
+    return {name: x.to(DEVICE) for name, x in batch.items()}
+
+
+@dataclass(frozen=True)
+class Account:
+    """What minibatches cost beyond what a phase costs once, and the memory of a phase.
+
+    Attributes:
+        kernels: Kernels per minibatch.
+        waits: Reads and copies, in either direction, per phase and minibatch, by line.
+        batch: Floats of a batch with all its columns and the operators of its advantages.
+        peak: Most floats in use during a phase, beyond what is there before it.
+        num_parameters: p, of the critic.
+    """
+
+    kernels: float
+    waits: Counter
+    batch: float
+    peak: float
+    num_parameters: int
+
+
+def account(change=None, width=128, **settings):
+    """Runs a phase of one epoch in two minibatches, then one in four, on the fake device."""
+    kernels, waits = [], []
+    with fake_device() as books:
+        learner = build(**settings)
+        if change is not None:
+            change(learner)
+        before = books.bytes
+        batch = columns(learner, 4, width)
+        segments = learner._segment_batch(MODULE, batch)
+        size = (books.bytes - before) / FLOAT
+        for num_minibatches in (2, 4):
+            before = books.bytes
+            books.reset()
+            learner._update({MODULE: ModuleSegments(segments, None, num_minibatches, num_epochs=1)})
+            kernels.append(sum(books.kernels.values()))
+            waits.append(books.reads + books.uploads + books.downloads)
+        critic = learner._bilevel_updates[MODULE]._players.critic_parameters
+        return Account(
+            kernels=(kernels[1] - kernels[0]) / 2,
+            waits=waits[1] - waits[0],
+            batch=size,
+            peak=(books.peak - before) / FLOAT,
+            num_parameters=sum(p.numel() for p in critic),
+        )
+
+
+def automatic(learner):
+    """No derivatives by hand."""
+    players = learner._bilevel_updates[MODULE]._players
+    players._critic_mlp = players._actor_mlp = None
+
+
+# Settings, and the most kernels that a minibatch may take.
+CASES = {
+    "gaussian": ({}, 490),
+    "categorical": ({"action_space": ACTIONS}, 470),
+    "free log-std": ({"model": {"free_log_std": False}}, 520),
+    "penalties and clipping": ({"entropy_coeff": 0.01, "use_kl_loss": True, "grad_clip": 0.5}, 610),
+    "nested PPO": ({"hypergradient": "none"}, 280),
+    "scaled identity": ({"hypergradient": "scaled_identity"}, 380),
+    "conjugate gradient": ({"hypergradient": "cg"}, 1770),
+    "exact": ({"hypergradient": "exact", "model": {"fcnet_hiddens": [8]}}, 390),
+    "gauss-newton": ({"curvature": "gauss_newton"}, 450),
+    "redrawn": ({"nystrom_redraw": True}, 490),
+    "three layers": ({"model": {"fcnet_hiddens": [64, 64, 64]}}, 610),
+    "automatic": ({"change": automatic}, 550),
+    "convolutions": ({"observation_space": IMAGE, "action_space": ACTIONS, "model": CONVOLUTIONS}, 550),
+    "convolutions, redrawn": (
+        {"observation_space": IMAGE, "action_space": ACTIONS, "model": CONVOLUTIONS, "nystrom_redraw": True},
+        550,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_minibatch_stays_on_the_device(name):
+    settings, most_kernels = CASES[name]
+    found = account(**settings)
+    assert not found.waits, "the host waits or copies once per minibatch"
+    assert found.kernels <= most_kernels
+
+
+def bound(found, rank, width, chunk):
+    """The most floats a phase may take: rows and batch twice, activations of a minibatch, and a part of the rows."""
+    return 2 * (rank * found.num_parameters + found.batch) + ACTIVATIONS * width + chunk / FLOAT
+
+
+@pytest.mark.parametrize(
+    ("curvature", "rank", "width", "chunk"),
+    [("hessian", 40, 1000, 2**24), ("hessian", 5, 4000, 2**21), ("gauss_newton", 40, 1000, 2**22)],
+    ids=["some rows at a time", "a part of the slots at a time", "gauss-newton"],
+)
+def test_memory_is_that_of_rows_and_batch(curvature, rank, width, chunk, monkeypatch):
+    """The arrays of units per row stay within their budget."""
+    settings = {"nystrom_rank": rank, "curvature": curvature, "width": width}
+    monkeypatch.setattr(mlp, "BLOCK_BYTES", chunk)
+    found = account(**settings)
+    assert found.peak <= bound(found, rank, width, chunk)
+    monkeypatch.setattr(mlp, "BLOCK_BYTES", 2**40)
+    assert account(**settings).peak > bound(found, rank, width, chunk), "rows made at once must be found"
+
+
+def with_fault(fault):
+    """A change of the learner by which each minibatch begins with ``fault``."""
+
+    def change(learner):
+        update = learner._bilevel_updates[MODULE]._minibatch_update
+        critic_loss = update.critic_loss
+
+        def faulty(minibatch):
+            fault(minibatch.weights)
+            return critic_loss(minibatch)
+
+        update.critic_loss = faulty
+
+    return change
+
+
+def test_every_check_finds_its_fault():
+    waits = {
+        "a read": lambda x: float(x[0, 0]),
+        "a condition": lambda x: bool((x > 0).all()),
+        "a mask": lambda x: x.nonzero(),
+        "a download": lambda x: x.cpu(),
+        "an upload": lambda x: torch.zeros(3).to(x.device),
+    }
+    for fault in waits.values():
+        assert account(with_fault(fault)).waits
+    with pytest.raises(Exception, match="Unhandled FakeTensor Device Propagation"):
+        account(with_fault(lambda x: x + torch.ones(x.shape)))
+    sound, settings = account(), CASES["gaussian"]
+    assert account(with_fault(lambda x: x + 1)).kernels > sound.kernels
+    assert sound.kernels <= settings[1]
