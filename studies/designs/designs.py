@@ -20,18 +20,20 @@ DIAGNOSTICS = ("approx_kl", "clip_fraction", "mixed_grad_cosine")
 
 
 def design_table(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per task and design: the final return of each seed, and means of diagnostics over the first two thirds.
+    """A row per task, design and length: each seed's final return, and means of diagnostics over the first two thirds.
 
     In the last third the learning rates near 0, and everything that measures steps does too.
     """
     rows = []
-    for (task, algorithm), runs in table.groupby(["task", "algorithm"], sort=True):
+    lengths = table.groupby(["task", "algorithm", "seed"])["env_steps"].transform("max")
+    for (task, algorithm, length), runs in table.groupby(["task", "algorithm", lengths.round(-5)], sort=True):
         finals = {seed: final_return(run) for seed, run in runs.groupby("seed", sort=True)}
         early = runs[(runs["env_steps"] > 0) & (runs["env_steps"] < runs["env_steps"].max() * 2 / 3)]
         rows.append(
             {
                 "task": task,
                 "design": algorithm,
+                "steps": f"{length / 1000:,.0f}k",
                 "final return (seed)": ", ".join(f"{value:,.0f} ({seed})" for seed, value in finals.items()),
                 **{name: f"{early[name].mean():.3f}" for name in DIAGNOSTICS},
             }
