@@ -404,7 +404,8 @@ def summary_text(runs: Runs) -> str:
     parts = [
         origin_text(runs),
         f"Interquartile means over runs, 95 % stratified bootstrap intervals. Every contestant had {TUNING_BUDGET} "
-        f"setting per task, published or default. Evaluations: {EVALUATION_EPISODES} episodes of the deterministic "
+        "setting per task, published or default, except `*_strong`, whose settings come from short runs of BLPO on "
+        f"other seeds. Evaluations: {EVALUATION_EPISODES} episodes of the deterministic "
         "policy, beside the training.",
         "Score: 0 is the task's untrained policies, 1 the best final return of any run.",
         markdown(overall_table(runs)),
