@@ -3,9 +3,10 @@
 Settings. BLPO's are those of ``blpo_rllib/tasks.py``: the published ones where there are any, else the defaults; on
 MuJoCo tasks with several sizes of batch (``small_batches`` and ``mixed_minibatches`` there). Nobody is tuned here but
 those of STRONG, whose settings studies/designs chose for BLPO: each contestant has one setting per task
-(:data:`TUNING_BUDGET`), so that everyone gets the same effort. Effort before this comparison differs: the paper's authors chose the nested steps N, the bound b and the cross clip ε_F of six tasks from
-N in {2, 3, 5, 7, 10}, b in {0.8, 1, 1.2, 1.4, 2}, ε_F in {0.8, 1, 1.2}; what RLlib tried for its own settings is not
-known. The small batches are PPO's usual ones for MuJoCo, RLlib's own among them; no others were tried.
+(:data:`TUNING_BUDGET`), so that everyone gets the same effort. Effort before this comparison differs: the paper's
+authors chose the nested steps N, the bound b and the cross clip ε_F of six tasks from N in {2, 3, 5, 7, 10}, b in {0.8,
+1, 1.2, 1.4, 2}, ε_F in {0.8, 1, 1.2}; what RLlib tried for its own settings is not known. The small batches are PPO's
+usual ones for MuJoCo, RLlib's own among them; no others were tried.
 
 ============= ========================================================================================
 blpo          the published settings
