@@ -186,6 +186,18 @@ def test_standardised_advantages_and_a_correction_of_the_batch(rule):
         assert error(shared, alone) < 1e-10, cuts
 
 
+def test_limits_on_the_kl_divergence():
+    """An iteration ends, and the rate falls, by the divergence of all shares: here after the first of two epochs."""
+    settings = replace(SETTINGS, max_kl=1e-9, target_kl=1e-9)
+    alone, metrics, _ = train(Nystrom(3, 0.1), Hessian, settings, (), torch.float64)
+    assert metrics["epochs"] == 1
+    assert metrics["actor_rate_factor"] < 1
+    for cuts in ((2,), (1, 3), (5,)):
+        shared, shared_metrics, _ = train(Nystrom(3, 0.1), Hessian, settings, cuts, torch.float64)
+        assert error(shared, alone) < 1e-10, cuts
+        assert shared_metrics["actor_rate_factor"] == metrics["actor_rate_factor"]
+
+
 @pytest.mark.parametrize("solver", ["nystrom", "cg", "none"])
 def test_without_any_one_of_its_sums_the_result_is_another(solver):
     """Mutation: skip the i-th exchange of every update phase, for each i that touches the weights."""
