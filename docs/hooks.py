@@ -21,7 +21,7 @@ BESIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "cluster/README.md", "studies/*/REA
 # What the search needs where pages are opened as files: the theme loads it from the network, this site has its own.
 SHIM, OWN_SHIM = "https://unpkg.com/iframe-worker/shim", "assets/iframe-worker/shim.js"
 # Pages whose tables need the room of the table of contents.
-WIDE = ("studies/comparison/README.md",)
+WIDE = ("studies/comparison/README.md", "studies/understanding/README.md")
 RELATIVE_LINK = re.compile(r"\]\((?![a-z]+:|[#/<])([^)\s#]+)")
 
 
