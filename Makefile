@@ -18,8 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(STAMP)
 
+# An interrupted run goes on. No mean return exceeds 500: the number of steps is what ends it.
 train: $(STAMP)  ## BLPO on CartPole-v1: a checkpoint, a results file, a learning curve
-	$(BIN)/python -m blpo_rllib.train cartpole --stop-timesteps 100000
+	$(BIN)/python -m blpo_rllib.train cartpole --stop-timesteps 100000 --stop-reward 501 --output results/cartpole --resume
 
 test: $(STAMP)  ## the fast tests
 	$(BIN)/python -m pytest

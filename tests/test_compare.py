@@ -324,12 +324,13 @@ def test_all_tuned_tasks_are_compared():
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.tune])
 def test_examples_have_the_published_settings_as_an_option(task, monkeypatch):
     seen = []
+    monkeypatch.setattr(command_line.ray, "init", lambda **_: None)
+    monkeypatch.setattr(command_line.rllib_options, "configured", lambda config, args: config)
     monkeypatch.setattr(
         command_line, "run_rllib_example_script_experiment", lambda config, *_, **__: seen.append(config)
     )
     for options in ([], ["--published-batches"]):
-        monkeypatch.setattr(sys, "argv", ["example", "--no-tune", *options])
-        command_line.run_task(task)
+        command_line.run_task(task, ["--no-tune", *options])
     of_batches = ("num_envs_per_env_runner", "train_batch_size_per_learner", "num_epochs", "minibatch_size")
     tuned, published = ([getattr(c, name) for name in of_batches] for c in seen)
     assert tuned == [16, 2048, 10, 512 if task == "inverted_double_pendulum" else 64]

@@ -20,7 +20,7 @@ import torch
 from ray import tune
 
 from blpo_rllib import BLPO, BLPOConfig, checkpoints
-from blpo_rllib.experiments import command_line
+from blpo_rllib.experiments import command_line, faults
 from blpo_rllib.learning.learner import BLPOTorchLearner
 from blpo_rllib.tasks import TASKS
 
@@ -177,7 +177,10 @@ def test_a_learner_that_cannot_be_made_is_said_to_the_user(tmp_path):
 def parse(monkeypatch, capsys):
     def parse(*options):
         monkeypatch.setattr(sys, "argv", ["example.py", *map(str, options)])
-        return command_line.parse_command_line(100.0, 1000)
+        parser = command_line.example_parser(100.0, 1000)
+        args = parser.parse_args()
+        command_line._check_options(parser, args)
+        return args
 
     return parse
 
@@ -185,8 +188,7 @@ def parse(monkeypatch, capsys):
 def test_defaults(parse, tmp_path):
     args = parse("--output", tmp_path, "--resume")
     assert (args.checkpoint_freq, args.checkpoint_at_end, args.checkpoint_keep) == (10, True, 3)
-    assert args.storage == str(tmp_path)
-    assert args.output is None, "RLlib would write episodes there"
+    assert args.output == str(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -211,5 +213,5 @@ def test_callbacks_never_end_training(caplog):
     def full_disk():
         raise OSError("No space left on device")
 
-    command_line._guarded(full_disk)
+    faults.guarded(full_disk)
     assert "full_disk failed; training goes on" in caplog.text

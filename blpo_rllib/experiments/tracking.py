@@ -28,7 +28,6 @@ from ray.tune.result import TRAINING_ITERATION
 
 from blpo_rllib.experiments import wandb_process
 from blpo_rllib.experiments.metrics import grouped
-from blpo_rllib.experiments.progress import RichReporter
 from blpo_rllib.extras import require
 
 logger = logging.getLogger(__name__)
@@ -77,33 +76,25 @@ def trackers(
     return found
 
 
-def watched(config: AlgorithmConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """Trackers and progress for RLlib's example function, from its own options.
+def example_trackers(config: AlgorithmConfig, args: argparse.Namespace) -> list[LoggerCallback]:
+    """The trackers of a tuned example, from RLlib's own options.
 
-    W&B is on with ``--wandb-project`` or ``--wandb-key``; without a key it writes files. RLlib would add a logger of
-    its own, with which a refused key stops training: hence the key is taken from ``args`` here.
+    W&B is on with ``--wandb-project`` or ``--wandb-key``; without a key it writes files.
 
     Args:
         config: What is trained.
-        args: The options of RLlib's examples, and ``storage``, the folder or URL of the results, or None.
-
-    Returns:
-        Further arguments of ``run_rllib_example_script_experiment``.
+        args: The options of a tuned example.
     """
     wanted = bool(args.wandb_project or args.wandb_key)
     if args.wandb_key:
         os.environ[WANDB_ENV_VAR] = args.wandb_key
-    del args.wandb_key
     task = re.sub(r"\W+", "-", str(config.env).lower())
     group = args.wandb_run_name or f"blpo-{task}"
     # W&B writes to a local folder; where results go to a URL it has one of its own, the same on every start.
-    mark = hashlib.sha256(args.storage.encode()).hexdigest()[:8] if args.storage else f"{time.time():.0f}"
-    output = args.storage if args.storage and "://" not in args.storage else f"~/ray_results/{group}-{mark}"
+    mark = hashlib.sha256(args.output.encode()).hexdigest()[:8] if args.output else f"{time.time():.0f}"
+    output = args.output if args.output and "://" not in args.output else f"~/ray_results/{group}-{mark}"
     project = (args.wandb_project or f"blpo-{task}") if wanted else None
-    return {
-        "tune_callbacks": trackers(task, group, Path(output).expanduser(), project, upload_checkpoints=wanted),
-        "progress_reporter": RichReporter(args.stop_timesteps),
-    }
+    return trackers(task, group, Path(output).expanduser(), project, upload_checkpoints=wanted)
 
 
 class GroupedTensorBoard(TBXLoggerCallback):

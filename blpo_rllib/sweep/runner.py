@@ -16,14 +16,13 @@ from ray.tune.progress_reporter import ProgressReporter
 
 from blpo_rllib.blpo import BLPO, BLPOConfig
 from blpo_rllib.experiments.progress import RichReporter
+from blpo_rllib.experiments.tuner import make_tuner
 from blpo_rllib.sweep.plan import PBT_FIELDS, Plan, SweepPlan
 from blpo_rllib.sweep.records import Recorder, TrialFiles, write_whole
 from blpo_rllib.sweep.search import STEPS, Points, PointSearch, scheduler_of
 
 # Checkpoints on a trial's way, from which it goes on after an interruption.
 CHECKPOINTS_PER_TRIAL = 5
-# Tune's experiment inside the sweep's folder, with checkpoints and event files.
-RUN = "run"
 
 
 class SweepTrial(BLPO):
@@ -101,7 +100,7 @@ def _tuner(
         open_members = {seed: _latest(points, point, seed) for point, seed in points.open().values()}
         config.debugging(seed=tune.grid_search(list(open_members)))
         for name in plan.values:
-            setattr(config, name, tune.sample_from(_Looked(open_members, name)))
+            setattr(config, name, tune.sample_from(_MemberValue(open_members, name)))
         num_samples = 1
     else:
         search = PointSearch(points)
@@ -112,8 +111,8 @@ def _tuner(
     iterations = max(1, plan.stop_timesteps // config.total_train_batch_size)
     return make_tuner(
         SweepTrial,
-        plan,
         output,
+        TrialName(plan),
         param_space=config,
         stop={STEPS: plan.stop_timesteps},
         checkpoint_config=tune.CheckpointConfig(
@@ -128,64 +127,14 @@ def _tuner(
     )
 
 
-def make_tuner(
-    trainable: type,
-    plan: Plan,
-    output: Path,
-    *,
-    param_space: Any = None,
-    stop: Any = None,
-    checkpoint_config: tune.CheckpointConfig | None = None,
-    callbacks: Sequence[tune.Callback],
-    reporter: ProgressReporter,
-    **tune_config: Any,
-) -> tune.Tuner:
-    """A Tuner whose trials have the same names and folders on every start, and of which a failing one ends no other.
-
-    Args:
-        trainable: What Tune runs.
-        plan: Names the trials.
-        output: The folder that holds everything.
-        param_space: As in Tune.
-        stop: As in Tune.
-        checkpoint_config: As in Tune.
-        callbacks: A :class:`~blpo_rllib.sweep.records.Recorder` among them.
-        reporter: Progress at the terminal.
-        **tune_config: Arguments of Tune's TuneConfig.
-    """
-    # Tune's newer output ignores progress reporters.
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    # With a searcher Tune starts one trial after the other, and starting takes as long as a short trial.
-    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(os.cpu_count()))
-    # Tune's own record of the experiment, about whose frequency it would warn, is not what a sweep goes on from.
-    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    return tune.Tuner(
-        trainable,
-        param_space=param_space,
-        run_config=tune.RunConfig(
-            name=RUN,
-            storage_path=str(output),
-            stop=stop,
-            failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),
-            checkpoint_config=checkpoint_config,
-            callbacks=list(callbacks),
-            progress_reporter=reporter,
-            verbose=1,
-        ),
-        tune_config=tune.TuneConfig(
-            trial_dirname_creator=_Folder(plan), trial_name_creator=_Folder(plan), **tune_config
-        ),
-    )
-
-
 def _latest(points: Points, point: dict[str, float], seed: int) -> dict[str, float]:
     """Where a member of a population had got to, if it had begun."""
     rows = points.files.rows(points.plan.trial_name(point, seed))
     return point | {name: rows[-1][name] for name in PBT_FIELDS if rows and name in point}
 
 
-class _Looked:
-    """A member's value of one field, by its seed."""
+class _MemberValue:
+    """The value of one field for the member of a population that has a seed."""
 
     def __init__(self, members: dict[int, dict[str, float]], name: str):
         self._members, self._name = members, name
@@ -194,8 +143,12 @@ class _Looked:
         return self._members[spec.config.seed][self._name]
 
 
-class _Folder:
-    """Names a trial and its folder, the same on every start, so that the trial finds its checkpoints."""
+class TrialName:
+    """Names a trial and its folder after its point, the same on every start, so that the trial finds its checkpoints.
+
+    Args:
+        plan: Knows the names.
+    """
 
     def __init__(self, plan: Plan):
         self._plan = plan

@@ -50,8 +50,9 @@ from blpo_rllib.experiments.metrics import (
 )
 from blpo_rllib.experiments.progress import RichReporter
 from blpo_rllib.experiments.provenance import provenance
+from blpo_rllib.experiments.tuner import make_tuner
 from blpo_rllib.sweep.records import FINISHED, Recorder, TrialFiles, write_whole
-from blpo_rllib.sweep.runner import make_tuner
+from blpo_rllib.sweep.runner import TrialName
 from blpo_rllib.sweep.search import TrialSearch, open_trials
 from studies.comparison.contestants import DESIGNS, NAMES, SIMULATORS, TASKS, contestant, contestants_of
 
@@ -203,8 +204,8 @@ def compare(plan: ComparePlan, output: Path, max_concurrent: int | None = None) 
     if trials:
         make_tuner(
             Run,
-            plan,
             output,
+            TrialName(plan),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             callbacks=[
                 Recorder(files, plan, lambda: {"simulator": plan.simulator} | origin()),
