@@ -24,10 +24,8 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import matplotlib as mpl
 import numpy as np
@@ -44,13 +42,15 @@ from matplotlib import pyplot as plt
 
 def _import_rliable() -> Any:
     """rliable's library. It needs arch < 8, which uses a decorator of pandas in the form it had before pandas 3."""
-    patched = functools.partial(_decorators.deprecate_kwarg, FutureWarning)
-    new_form = next(iter(inspect.signature(_decorators.deprecate_kwarg).parameters)) == "klass"
+    original = _decorators.deprecate_kwarg
+    if next(iter(inspect.signature(original).parameters)) == "klass":
+        _decorators.deprecate_kwarg = functools.partial(original, FutureWarning)
     try:
-        with mock.patch.object(_decorators, "deprecate_kwarg", patched) if new_form else nullcontext():
-            return importlib.import_module("rliable.library")
+        return importlib.import_module("rliable.library")
     except ImportError as error:
         raise ImportError('the report needs rliable: pip install "blpo_rllib[compare]"') from error
+    finally:
+        _decorators.deprecate_kwarg = original
 
 
 rly = _import_rliable()

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import matplotlib as mpl
 import numpy as np
@@ -113,17 +112,17 @@ def run(config: BLPOConfig, direction: Direction | None, steps: int, folder: Pat
     """Trains and leaves rows, and at the end a record."""
     torch.set_num_threads(1)
     files = TrialFiles(folder)
-    # The narrowest place between the hypergradient and the actor's step; the process ends with the run.
-    chosen = hypergradient if direction is None else redirected(direction, config.seed)
-    with mock.patch.object(minibatch, "hypergradient", chosen):
-        algo = config.build_algo()
-        reached = 0.0
-        while reached < steps:
-            result = algo.train()
-            row = grouped(result)
-            reached = row[ENV_STEPS]
-            files.append(name, {"iteration": iteration(result), **row})
-        algo.stop()
+    if direction is not None:
+        # The place between the hypergradient and the actor's step; the process ends with the run.
+        minibatch.hypergradient = redirected(direction, config.seed)
+    algo = config.build_algo()
+    reached = 0.0
+    while reached < steps:
+        result = algo.train()
+        row = grouped(result)
+        reached = row[ENV_STEPS]
+        files.append(name, {"iteration": iteration(result), **row})
+    algo.stop()
     rows = files.rows(name)
     files.end(name, about | {"status": FINISHED, "curve": curve(rows, steps)} | summary(rows))
 
