@@ -83,6 +83,34 @@ def newest_valid(filesystem: pyarrow.fs.FileSystem, folder: str) -> tuple[str, d
     return None
 
 
+def find(filesystem: pyarrow.fs.FileSystem, path: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The whole checkpoint at ``path``, or the newest one of the run whose folder ``path`` is, with its filesystem.
+
+    Raises:
+        CheckpointError: If there is none.
+        ValueError: If the folder holds the checkpoints of several trials.
+    """
+    trials = _trials(filesystem, path)
+    if len(trials) > 1:
+        raise ValueError(f"{path} holds the checkpoints of several trials: name one of {', '.join(trials)}")
+    newest = newest_valid(filesystem, trials[0]) if trials else None
+    if newest is not None:
+        return filesystem, newest[0]
+    check(filesystem, path)
+    return filesystem, path
+
+
+def _trials(filesystem: pyarrow.fs.FileSystem, path: str, depth: int = 2) -> list[str]:
+    """The folders at and below ``path`` that hold checkpoints: of a trial, an experiment or an example's output."""
+    if checkpoints(filesystem, path):
+        return [path]
+    if depth == 0:
+        return []
+    below = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
+    folders = sorted(info.path for info in below if info.type == pyarrow.fs.FileType.Directory)
+    return [trial for folder in folders for trial in _trials(filesystem, folder, depth - 1)]
+
+
 def checkpoints(filesystem: pyarrow.fs.FileSystem, folder: str) -> list[str]:
     """Paths of what is named like a checkpoint in ``folder``, oldest first, whole or not."""
     selector = pyarrow.fs.FileSelector(folder, allow_not_found=True)

@@ -216,6 +216,7 @@ def test_wandb_options(tuners, tmp_path, monkeypatch):
 
 
 def test_no_tune_trains_in_this_process(capsys):
+    ray.init(num_cpus=1, include_dashboard=False)
     result = command_line.run_task("cartpole", ["--no-tune", "--stop-iters", "2", "--stop-reward", "501"])
     assert result["training_iteration"] == 2
     assert "iter=1" in capsys.readouterr().out

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 
 from blpo_rllib import train
 from blpo_rllib.experiments import learning_curve
 
 
 def run_train(monkeypatch, *options):
-    monkeypatch.setattr(sys, "argv", ["train", "cartpole", "--num-cpus", "2", *map(str, options)])
+    # The command line takes a Ray that runs already; without a dashboard it starts sooner.
+    ray.init(num_cpus=2, include_dashboard=False)
+    monkeypatch.setattr(sys, "argv", ["train", "cartpole", *map(str, options)])
     train.main()
 
 
