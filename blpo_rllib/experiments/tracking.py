@@ -207,7 +207,8 @@ class GroupedWandb(WandbLoggerCallback):
         # The configuration only when it is new: to pickle and read it with each row costs more than the row.
         config: dict[str, Any] = {}
         if trial in self._new_config:
-            config = {name: result[name] for name in self.AUTO_CONFIG_KEYS if name in result} | self._new_config.pop(trial)
+            about = {name: result[name] for name in self.AUTO_CONFIG_KEYS if name in result}
+            config = about | self._new_config.pop(trial)
         row = step, {TRAINING_ITERATION: step, **metrics}, config
         self._trial_queues[trial].put((_QueueItem.RESULT, row))
 
