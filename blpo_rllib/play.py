@@ -158,8 +158,7 @@ def main() -> None:
 def _play_as_asked(args: argparse.Namespace) -> None:
     if args.video:
         choose_renderer()
-        for module in ("imageio", "PIL"):
-            require(module, "video", "a video")
+        require("imageio", "video", "a video")
     policy = load_policy(args.checkpoint)
     env = make_env(load_settings(args.checkpoint), RENDER if args.video else {}, args.env)
     if not args.video:
