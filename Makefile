@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train test test-slow test-conformance test-chaos report format lint docs build clean
+.PHONY: help setup train test test-slow test-conformance test-chaos report format lint private-names docs build clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -47,6 +47,9 @@ lint: $(STAMP)  ## format, lint and types, without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+private-names: $(STAMP)  ## private names of Ray that the package uses
+	$(BIN)/python tests/private_names.py
 
 docs: $(STAMP)  ## the site in site/; a broken link or reference is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

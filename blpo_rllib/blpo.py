@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyarrow.fs
-from ray._common.deprecation import DEPRECATED_VALUE
 from ray.exceptions import RayActorError
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
@@ -23,11 +22,10 @@ from ray.rllib.utils.annotations import override
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 from ray.rllib.utils.schedules.scheduler import Scheduler
 from ray.rllib.utils.typing import LearningRateOrSchedule
-from ray.train._internal.session import _TrainingResult
 from ray.tune import Checkpoint
 from ray.tune.result import TIME_TOTAL_S, TRAINING_ITERATION
 
-from blpo_rllib import checkpoints, ppo_settings
+from blpo_rllib import checkpoints, ppo_settings, rllib_private
 from blpo_rllib.core.advantages import REFRESHES
 from blpo_rllib.core.curvature import CURVATURES, Curvature
 from blpo_rllib.core.hypergradient import CORRECTION_SAMPLES, CROSS_REDUCTIONS
@@ -138,7 +136,7 @@ class BLPOConfig(PPOConfig):
 
     @override(PPOConfig)
     def __setattr__(self, key: str, value: Any) -> None:
-        if self._is_made and value != DEPRECATED_VALUE:
+        if self._is_made and value != rllib_private.DEPRECATED_VALUE:
             key = ppo_settings.RENAMED.get(key, key)
         super().__setattr__(key, value)
         self._note(key, value)
@@ -438,7 +436,7 @@ class BLPOConfig(PPOConfig):
 
     def _shared_layer_notices(self) -> Iterator[str]:
         of_modules = {
-            f" of module {module_id!r}": spec._get_model_config()
+            f" of module {module_id!r}": rllib_private.full_model_config(spec)
             for module_id, spec in self._specs_by_module()
             if spec.model_config is not None
         }
@@ -617,7 +615,7 @@ class BLPOConfig(PPOConfig):
         solver = self.get_ihvp_solver()
         if observation_space is None or action_space is None:
             return
-        own = {} if spec.model_config is None else spec._get_model_config()
+        own = {} if spec.model_config is None else rllib_private.full_model_config(spec)
         module = RLModuleSpec(
             module_class=spec.module_class or BLPOTorchRLModule,
             observation_space=observation_space,
@@ -690,7 +688,7 @@ class BLPO(PPO):
         if found is None:
             return
         path, about = found
-        super().restore(_TrainingResult(Checkpoint(path, filesystem), about["progress"]))
+        super().restore(rllib_private.TrainingResult(Checkpoint(path, filesystem), about["progress"]))
         self._resumed = True
         logger.warning("going on from checkpoint %s: %s", path, about["progress"])
 
@@ -714,7 +712,7 @@ class BLPO(PPO):
         Raises:
             RuntimeError: If a learner died; Tune then starts the algorithm anew.
         """
-        manager = self.learner_group._worker_manager
+        manager = rllib_private.learner_actors(self.learner_group)
         if manager is not None and manager.num_healthy_actors() < manager.num_actors():
             dead = manager.num_actors() - manager.num_healthy_actors()
             raise RuntimeError(f"{dead} of {manager.num_actors()} learners died; training goes back to a checkpoint")
@@ -754,14 +752,10 @@ class BLPO(PPO):
         """Weights older than those in place are ignored (ray/rllib/core/learner/learner.py and
         ray/rllib/env/single_agent_env_runner.py, set_state), which must not happen to a checkpoint's.
         """
-
-        def forget(worker: Any) -> None:
-            worker._weights_seq_no = 0
-
-        self.learner_group.foreach_learner(forget)
+        self.learner_group.foreach_learner(rllib_private.take_older_weights)
         for group in (self.env_runner_group, self.eval_env_runner_group):
             if group is not None:
-                group.foreach_env_runner(forget)
+                group.foreach_env_runner(rllib_private.take_older_weights)
 
     @classmethod
     @override(PPO)

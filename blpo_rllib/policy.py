@@ -36,6 +36,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.tune import Checkpoint
 
 from blpo_rllib import checkpoints
+from blpo_rllib.rllib_private import freeze
 
 # Steps of the running episode that connectors may look back on.
 LOOKBACK = 100
@@ -56,7 +57,7 @@ class Policy:
     def __init__(self, module: RLModule, env_to_module: EnvToModulePipeline, module_to_env: ModuleToEnvPipeline):
         for connector in env_to_module.connectors:
             if isinstance(connector, MeanStdFilter):
-                connector._update_stats = False
+                freeze(connector)
         self._module, self._env_to_module, self._module_to_env = module, env_to_module, module_to_env
         self.reset()
 

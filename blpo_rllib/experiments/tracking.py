@@ -34,8 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.air.integrations.wandb import WANDB_ENV_VAR, WANDB_MODE_ENV_VAR, WandbLoggerCallback, _QueueItem
-from ray.air.util.node import _force_on_current_node
+from ray.air.integrations.wandb import WANDB_ENV_VAR, WANDB_MODE_ENV_VAR, WandbLoggerCallback
 from ray.cloudpickle import register_pickle_by_value
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.tune.experiment import Trial
@@ -45,8 +44,11 @@ from ray.tune.result import TRAINING_ITERATION
 from blpo_rllib.experiments import wandb_process
 from blpo_rllib.experiments.metrics import grouped
 from blpo_rllib.extras import require
+from blpo_rllib.rllib_private import on_current_node, wandb_queue_items
 
 logger = logging.getLogger(__name__)
+
+WandbQueueItem = wandb_queue_items()
 
 # Seconds that W&B gets to begin a run, after which it is written to files instead.
 INIT_SECONDS = 30.0
@@ -140,13 +142,13 @@ class Mailbox:
         self._actor, self._sent = actor, -SEND_SECONDS
         self._waiting: list[tuple[str, Any]] = []
 
-    def put(self, item: tuple[_QueueItem, Any]) -> None:
+    def put(self, item: tuple[Any, Any]) -> None:
         """Sends what waits if the last transfer was :data:`SEND_SECONDS` ago, or if ``item`` is not a row."""
         kind, content = item
         # The name alone: to read Ray's, the run's process would import Ray Tune.
         self._waiting.append((kind.name, content))
         now = time.monotonic()
-        if kind != _QueueItem.RESULT or now - self._sent >= SEND_SECONDS:
+        if kind != WandbQueueItem.RESULT or now - self._sent >= SEND_SECONDS:
             self._actor.put.remote(self._waiting)
             self._waiting, self._sent = [], now
 
@@ -190,7 +192,7 @@ class GroupedWandb(WandbLoggerCallback):
             max_restarts=-1,
             max_task_retries=-1,
             concurrency_groups={wandb_process.ARRIVALS: 1},
-            **_force_on_current_node(),
+            **on_current_node(),
         )(wandb_process.WandbRun)
         settings = {"init_timeout": INIT_SECONDS, "silent": True}
         key = os.environ.get(WANDB_ENV_VAR)
@@ -210,7 +212,7 @@ class GroupedWandb(WandbLoggerCallback):
             about = {name: result[name] for name in self.AUTO_CONFIG_KEYS if name in result}
             config = about | self._new_config.pop(trial)
         row = step, {TRAINING_ITERATION: step, **metrics}, config
-        self._trial_queues[trial].put((_QueueItem.RESULT, row))
+        self._trial_queues[trial].put((WandbQueueItem.RESULT, row))
 
     def _is_excluded(self, name: str) -> bool:
         return any(name == excluded or name.startswith(f"{excluded}/") for excluded in self.excludes)

@@ -46,6 +46,7 @@ from blpo_rllib.learning.connectors import (
 from blpo_rllib.learning.players import RLModulePlayers, blank_action, blank_observation
 from blpo_rllib.learning.recurrence import slotwise
 from blpo_rllib.learning.train_batch import ModuleSegments
+from blpo_rllib.rllib_private import lr_scheduler_makers
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class BLPOTorchLearner(PPOTorchLearner):
 
     def _make_lr_schedulers(self, module_id: str) -> None:
         """Torch's schedulers, for both optimizers; RLlib makes its own where it applies gradients."""
-        makers = self.config._torch_lr_scheduler_classes
+        makers = lr_scheduler_makers(self.config)
         makers = makers.get(module_id) if isinstance(makers, dict) else makers
         if not makers:
             return

@@ -28,6 +28,7 @@ from torch import nn
 
 from blpo_rllib.core.mlp import ACTIVATIONS, Activation
 from blpo_rllib.learning.players import perceptron
+from blpo_rllib.rllib_private import running_filter
 
 # Observations [n, ...], RLlib's global timestep and a recurrent module's states [n, ...] (else None) to columns
 # [n, ...]: Columns.ACTIONS among them, and Columns.STATE_OUT, which may be nested.
@@ -172,10 +173,7 @@ class Normalizer:
     """
 
     def __init__(self, connector: MeanStdFilter, share: int = 1):
-        if connector._filters is None:
-            connector._init_new_filters()
-        (self._stock,) = connector._filters.values()
-        self._updates, self._share = connector._update_stats, share
+        (self._stock, self._updates), self._share = running_filter(connector), share
         self._pending: list[np.ndarray] = []
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:

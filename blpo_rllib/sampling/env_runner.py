@@ -49,8 +49,8 @@ from ray.rllib.utils.numpy import convert_to_numpy
 from ray.rllib.utils.spaces.space_utils import batch, unbatch
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from ray.rllib.utils.typing import EnvCreator
-from ray.tune.registry import ENV_CREATOR, _global_registry
 
+from blpo_rllib.rllib_private import is_multi_agent, note_steps, registered_env
 from blpo_rllib.sampling.acting import Normalizer, bound_actions, make_actor
 from blpo_rllib.sampling.envpool import EnvPoolCreator, envpool_task
 from blpo_rllib.sampling.process_env import ProcessEnvCreator
@@ -126,8 +126,7 @@ class BatchedEnvRunner(SingleAgentEnvRunner):
             return EnvPoolCreator(task, cores)
         if env is None or gym.VectorizeMode(self.config.gym_env_vectorize_mode) is not gym.VectorizeMode.ASYNC:
             return None
-        registered = isinstance(env, str) and _global_registry.contains(ENV_CREATOR, env)
-        return ProcessEnvCreator(_global_registry.get(ENV_CREATOR, env) if registered else env, cores)
+        return ProcessEnvCreator(registered_env(env) or env, cores)
 
     def obstacle(self, random_actions: bool = False) -> str | None:
         """Why ``sample()`` goes environment by environment, through RLlib's own loop; None if it does not."""
@@ -267,7 +266,7 @@ class BatchedEnvRunner(SingleAgentEnvRunner):
 
 
 def _is_filter(connector: Any) -> bool:
-    return type(connector) is MeanStdFilter and not connector._multi_agent
+    return type(connector) is MeanStdFilter and not is_multi_agent(connector)
 
 
 class _Rows:
@@ -469,11 +468,7 @@ class _Rollout:
         episode.infos.data.extend(infos[env_index] or {} for infos in self._infos[start:stop])
         self._observed(episode)
         episode.t += stop - start
-        # RLlib's clock of an episode's fragment starts at its reset or else at its first step.
-        episode._start_time = episode._start_time or self._times[start]
-        episode._last_step_time = self._times[-1]
-        episode._last_added_observation = episode.observations.data[-1]
-        episode._last_added_infos = episode.infos.data[-1]
+        note_steps(episode, self._times[start], self._times[-1])
 
     def _observed(self, episode: SingleAgentEpisode) -> None:
         if self._filter is not None:

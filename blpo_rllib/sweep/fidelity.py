@@ -20,6 +20,7 @@ from blpo_rllib.core.exact_hypergradient import Fidelity, Oracle
 from blpo_rllib.core.minibatch import UpdateSettings
 from blpo_rllib.core.segments import SegmentBatch
 from blpo_rllib.learning.players import RLModulePlayers
+from blpo_rllib.rllib_private import local_learner
 from blpo_rllib.sweep.plan import DAMPING, SweepPlan
 from blpo_rllib.sweep.records import FINISHED, TrialFiles, write_whole
 
@@ -90,7 +91,7 @@ def problem_of(algo: Any) -> tuple[RLModulePlayers, SegmentBatch, UpdateSettings
     Args:
         algo: A BLPO algorithm of one module with a local EnvRunner and learner.
     """
-    config, learner = algo.config, algo.learner_group._learner
+    config, learner = algo.config, local_learner(algo.learner_group)
     episodes = algo.env_runner.sample(num_timesteps=config.total_train_batch_size)
     part = learner.build_train_batch(episodes, config.minibatch_size).policy_batches[DEFAULT_MODULE_ID]
     module = copy.deepcopy(learner.module[DEFAULT_MODULE_ID].unwrapped()).double()
