@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -160,6 +162,27 @@ def time_round(learner, batch, shape: Shape) -> float:
     return 1e3 * (time.perf_counter() - start) / shape.num_minibatches
 
 
+def peer(python: str, shape: Shape, rank: int, threads: int, rounds: int) -> dict[str, float]:
+    """Milliseconds per minibatch of the peer in JAX, by another interpreter: see ``jax_peer.py``."""
+    discrete = isinstance(shape.action_space, gym.spaces.Discrete)
+    about = {
+        "num_minibatches": shape.num_minibatches,
+        "num_segments": shape.segments_per_minibatch,
+        "length": shape.segment_length or shape.length,
+        "observation_size": shape.observation_size,
+        "hiddens": shape.hiddens,
+        "discrete": discrete,
+        "outputs": int(shape.action_space.n if discrete else shape.action_space.shape[0]),
+        "num_critic_updates": shape.num_critic_updates,
+        "rank": rank,
+        "threads": threads,
+        "rounds": rounds,
+    }
+    script = Path(__file__).parent / "jax_peer.py"
+    run = subprocess.run([python, str(script), json.dumps(about)], check=True, capture_output=True, text=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 def measure(shape: Shape, rank: int, device: str, rounds: int, warmup: int) -> dict:
     """Milliseconds per minibatch by learner, and their ratios to RLlib's PPO learner."""
     by_name = learners(shape, rank, device)
@@ -211,22 +234,40 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch's intra-op threads")
     parser.add_argument("--rounds", type=int, default=7, help="timed update phases per learner")
     parser.add_argument("--warmup", type=int, default=1, help="untimed update phases per learner after the first")
+    parser.add_argument("--peer", metavar="PYTHON", help="an interpreter with jax: also time the peer in JAX")
+    parser.add_argument("--output", type=Path, help="where to write the results too, as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     before = matrix_product_ms()
     results = {name: measure(SHAPES[name], args.rank, args.device, args.rounds, args.warmup) for name in args.shapes}
-    print(
-        json.dumps(
-            {
-                **provenance(),
-                "rank": args.rank,
-                "mm_512_ms": [round(before, 3), round(matrix_product_ms(), 3)],
-                "shapes": {name: str(asdict(SHAPES[name])) for name in args.shapes},
-                "results": results,
-            },
-            indent=2,
-        )
+    for name in args.shapes if args.peer else ():
+        milliseconds = peer(args.peer, SHAPES[name], args.rank, args.threads, args.rounds)
+        results[name]["ms_per_minibatch"] |= {x: round(y, 3) for x, y in milliseconds.items()}
+    report = json.dumps(
+        {
+            **provenance(),
+            "rank": args.rank,
+            "mm_512_ms": [round(before, 3), round(matrix_product_ms(), 3)],
+            "shapes": {name: str(asdict(SHAPES[name])) for name in args.shapes},
+            "results": results,
+        },
+        indent=2,
     )
+    print(report)
+    print(table(results))
+    if args.output:
+        args.output.write_text(report + "\n")
+
+
+def table(results: dict) -> str:
+    """Milliseconds per minibatch, a row per shape, and in brackets the ratio to RLlib's PPO learner."""
+    names = list(dict.fromkeys(name for result in results.values() for name in result["ms_per_minibatch"]))
+    lines = ["| shape | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for shape, result in results.items():
+        times, ratios = result["ms_per_minibatch"], result["ratio_to_rllib_ppo"]
+        cells = [f"{times[x]:.2f}" + (f" ({ratios[x]:.2f})" if x in ratios else "") for x in names]
+        lines.append(f"| {shape} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

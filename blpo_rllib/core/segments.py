@@ -220,7 +220,7 @@ class SegmentBatch:
         )
 
     def split(self, size: int) -> list[SegmentBatch]:
-        """Consecutive batches of ``size`` segments each, as views; ``size`` divides M."""
+        """Consecutive batches of ``size`` segments each, as views; the last may be smaller."""
         tensors = self._tensors
         parts = zip(*(x.split(size) for x in tree.flatten(tensors)), strict=True)
         return [

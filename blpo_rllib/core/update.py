@@ -189,6 +189,9 @@ class BilevelUpdate:
 
     def _values(self, batch: SegmentBatch, size: int) -> Tensor:
         """V under the present critic, [M, S]."""
+        if self._players.replayable:
+            # Perceptrons: dispatch costs more than memory.
+            size = max(size, MAX_REPLAYED_SLOTS // batch.step.shape[1])
         with torch.no_grad():
             parts = batch.split(size)
             return torch.cat([self._players.critic(slots(part.obs)).values.view_as(part.step) for part in parts])

@@ -58,6 +58,8 @@ COMPONENT_LR_SCHEDULERS = "lr_schedulers"
 
 # Each shape of a batch has a graph of its own: slots per segment are rounded up to keep their number small.
 GRAPHED_WIDTH_MULTIPLE = 32
+# The same for the CPU's recordings, which take a hundredth of a second.
+REPLAYED_WIDTH_MULTIPLE = 4
 
 
 class BLPOTorchLearner(PPOTorchLearner):
@@ -91,7 +93,7 @@ class BLPOTorchLearner(PPOTorchLearner):
         # PPO computes advantages once, on the host; here they are a function of the critic, inside the update.
         self._learner_connector.remove(GeneralAdvantageEstimation)
         self._learner_connector.insert_before(AddTimeDimToBatchAndZeroPad, AddStateOfEachStep())
-        width_multiple = GRAPHED_WIDTH_MULTIPLE if self._makes_graphs else 1
+        width_multiple = GRAPHED_WIDTH_MULTIPLE if self._makes_graphs else REPLAYED_WIDTH_MULTIPLE
         pack = PackSegments(self._plan_segments, self._blank_item, width_multiple)
         self._learner_connector.append(pack)
         self._meeting_connectors.append(pack)

@@ -144,7 +144,13 @@ def _draw_categorical(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     shifted = logits - logits.max(-1, keepdims=True)
     weights = np.exp(shifted)
     total = weights.sum(-1, keepdims=True)
-    actions = torch.multinomial(torch.from_numpy(weights / total), 1, True).numpy()
+    probabilities = weights / total
+    if np.isfinite(total).all():
+        # What torch.multinomial does for a single draw, without its checks: exponential races (Yellott 1977).
+        races = torch.empty(probabilities.shape).exponential_().numpy()
+        actions = (probabilities / races).argmax(-1)[:, None]
+    else:
+        actions = torch.multinomial(torch.from_numpy(probabilities), 1, True).numpy()
     return actions[:, 0].astype(np.int32), (np.take_along_axis(shifted, actions, -1) - np.log(total))[:, 0]
 
 

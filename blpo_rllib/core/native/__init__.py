@@ -171,6 +171,7 @@ def _built() -> Path:
         raise FileNotFoundError(f"no C++ compiler: {os.environ.get('CXX', 'g++')!r} is not on the PATH")
     library = _cache() / f"kernels-{_fingerprint(compiler)}.so"
     if not library.exists():
+        logger.warning("compiling BLPO's CPU kernels, once for this machine: half a minute or less on an idle one")
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / library.name
