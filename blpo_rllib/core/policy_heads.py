@@ -54,7 +54,9 @@ class AutogradTerms(HeadTerms):
         log_std: Tensor | None,
     ):
         self._leaves = [x.T.detach().clone().requires_grad_() for x in (outputs, log_std) if x is not None]
-        logp, entropy, kl = terms(self._leaves[0], self._leaves[1] if log_std is not None else None)
+        # A recording of the update runs without gradients.
+        with torch.enable_grad():
+            logp, entropy, kl = terms(self._leaves[0], self._leaves[1] if log_std is not None else None)
         self._graphs = logp, entropy, kl
         self.logp, self.entropy = logp.detach(), entropy.detach()
         self.kl = None if kl is None else kl.detach()
@@ -62,7 +64,8 @@ class AutogradTerms(HeadTerms):
     def scores(self, term: int) -> tuple[Tensor, Tensor | None]:
         graph = self._graphs[term]
         assert graph is not None
-        gradients = torch.autograd.grad(graph.sum(), self._leaves, retain_graph=True, materialize_grads=True)
+        ones = torch.ones_like(graph)
+        gradients = torch.autograd.grad(graph, self._leaves, ones, retain_graph=True, materialize_grads=True)
         return gradients[0].T, gradients[1].T if len(gradients) > 1 else None
 
 
