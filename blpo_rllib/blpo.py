@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,11 +25,11 @@ from ray.rllib.utils.typing import LearningRateOrSchedule
 from ray.tune import Checkpoint
 from ray.tune.result import TIME_TOTAL_S, TRAINING_ITERATION
 
-from blpo_rllib import checkpoints, ppo_settings, rllib_private
+from blpo_rllib import checkpoints, ppo_settings, rllib_private, solver_settings
 from blpo_rllib.core.advantages import REFRESHES
 from blpo_rllib.core.curvature import CURVATURES, Curvature
 from blpo_rllib.core.hypergradient import CORRECTION_SAMPLES, CROSS_REDUCTIONS
-from blpo_rllib.core.ihvp import ConjugateGradient, Exact, IHVPSolver, Nystrom, ScaledIdentity
+from blpo_rllib.core.ihvp import IHVPSolver
 from blpo_rllib.learning.players import RLModulePlayers, check_module_class
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule, adapted
 from blpo_rllib.sampling.env_runner import BatchedEnvRunner
@@ -44,17 +44,6 @@ ACTOR_LR = 3e-4
 _ENV_STEPS = (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME)
 
 ADVANTAGE_HORIZONS = ("segment", "rollout")
-
-# The solvers that `hypergradient` knows by name, made from the config's fields.
-IHVP_SOLVERS: dict[str, Callable[[BLPOConfig], IHVPSolver | None]] = {
-    "nystrom": lambda config: Nystrom(
-        config.nystrom_rank, config.nystrom_damping, config.nystrom_core_shift, config.nystrom_redraw
-    ),
-    "cg": lambda config: ConjugateGradient(config.cg_iterations, config.cg_damping),
-    "exact": lambda config: Exact(config.exact_damping),
-    "scaled_identity": lambda config: ScaledIdentity(config.scaled_identity_damping),
-    "none": lambda config: None,
-}
 
 
 class BLPOConfig(PPOConfig):
@@ -76,12 +65,6 @@ class BLPOConfig(PPOConfig):
 
     nystrom_rank: int
     nystrom_damping: float
-    nystrom_core_shift: float
-    nystrom_redraw: bool
-    cg_iterations: int
-    cg_damping: float
-    exact_damping: float
-    scaled_identity_damping: float
     env_runner_cls: type | None
 
     def __init__(self, algo_class: type[Algorithm] | None = None):
@@ -122,14 +105,11 @@ class BLPOConfig(PPOConfig):
         self.correction_sample = "minibatch"
         self.nystrom_rank = 5
         self.nystrom_damping = 50.0
-        self.nystrom_core_shift = 1.0
-        self.nystrom_redraw = False
-        self.cg_iterations = 20
-        self.cg_damping = 0.0
-        self.exact_damping = 50.0
-        self.scaled_identity_damping = 50.0
         self.native_kernels = True
         self.cuda_graphs = True
+        # Deprecated; None: not set.
+        for name in solver_settings.OLD_FIELDS:
+            setattr(self, name, None)
 
         # Names of the settings that somebody has set since, by whatever way.
         self.set_by_user: frozenset[str] = frozenset()
@@ -154,6 +134,7 @@ class BLPOConfig(PPOConfig):
         """Keeps account of what was set, and follows up the settings that stand for others."""
         if not self._is_made or key in ("set_by_user", "_is_frozen"):
             return
+        solver_settings.warn_of_old_field(key, value)
         names = self.set_by_user | {key}
         if key == "lr":
             # Whatever was set last holds.
@@ -198,12 +179,6 @@ class BLPOConfig(PPOConfig):
         correction_sample: str = NotProvided,
         nystrom_rank: int = NotProvided,
         nystrom_damping: float = NotProvided,
-        nystrom_core_shift: float = NotProvided,
-        nystrom_redraw: bool = NotProvided,
-        cg_iterations: int = NotProvided,
-        cg_damping: float = NotProvided,
-        exact_damping: float = NotProvided,
-        scaled_identity_damping: float = NotProvided,
         native_kernels: bool = NotProvided,
         cuda_graphs: bool = NotProvided,
         **kwargs: Any,
@@ -236,8 +211,9 @@ class BLPOConfig(PPOConfig):
             normalize_rewards: Divide rewards by the running standard deviation of the discounted return, in training
                 batches only.
             hypergradient: How the inverse-Hessian-vector product is computed: "nystrom", "cg", "exact" (dense, small
-                critics only), "scaled_identity" (v/ρ, no curvature), or an
-                :class:`~blpo_rllib.core.ihvp.IHVPSolver`. "none" leaves the correction out: nested PPO.
+                critics only), "scaled_identity" (v/ρ, no curvature), each with its class's defaults, or an
+                :class:`~blpo_rllib.core.ihvp.IHVPSolver`, e.g. ``ConjugateGradient(iterations=10, damping=1.0)``.
+                "none" leaves the correction out: nested PPO.
             curvature: The follower's curvature: "hessian", "gauss_newton" (positive semi-definite), or a
                 :class:`~blpo_rllib.core.curvature.Curvature` class.
             hypergradient_bound: b >= 0: the correction is scaled down to at most b times the norm of the actor's
@@ -249,14 +225,9 @@ class BLPOConfig(PPOConfig):
             correction_sample: What the correction is computed on: each "minibatch", as published, or the whole "batch",
                 once per epoch at its start, for all of the epoch's actor steps. The bound then refers to the norm of
                 the batch's gradient.
-            nystrom_rank: k >= 1, at most the number of critic parameters.
-            nystrom_damping: ρ > 0.
-            nystrom_core_shift: δ, added to the diagonal of the Nyström core; 0 is the textbook formula.
-            nystrom_redraw: Draw new coordinates for each minibatch instead of keeping the first draw.
-            cg_iterations: Conjugate-gradient steps, >= 1.
-            cg_damping: ρ >= 0 of the conjugate-gradient solver.
-            exact_damping: ρ >= 0 of the exact solver.
-            scaled_identity_damping: ρ > 0 of the solver without curvature.
+            nystrom_rank: k >= 1 of the Nyström solver, at most the number of critic parameters. If set, it takes
+                precedence over the rank of a :class:`~blpo_rllib.core.ihvp.Nystrom` passed as ``hypergradient``.
+            nystrom_damping: ρ > 0 of the Nyström solver; likewise.
             native_kernels: Take perceptrons on a CPU through compiled kernels, built once per machine with g++ (without
                 one: a warning, and torch operations instead).
             cuda_graphs: On a GPU, record the work of a minibatch as a CUDA graph, and replay it for the others. Where
@@ -267,8 +238,9 @@ class BLPOConfig(PPOConfig):
         Returns:
             This config.
         """
-        super().training(**kwargs)
         own = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
+        own |= {name: kwargs.pop(name) for name in solver_settings.OLD_FIELDS if name in kwargs}
+        super().training(**kwargs)
         for name, value in own.items():
             if value is not NotProvided:
                 setattr(self, name, value)
@@ -363,14 +335,7 @@ class BLPOConfig(PPOConfig):
         Raises:
             ValueError: If the name is unknown or one of the solver's settings is out of range.
         """
-        if isinstance(self.hypergradient, IHVPSolver):
-            return self.hypergradient
-        if self.hypergradient not in IHVP_SOLVERS:
-            raise ValueError(
-                f"hypergradient={self.hypergradient!r} must be one of {', '.join(map(repr, IHVP_SOLVERS))}, "
-                "or an IHVPSolver"
-            )
-        return IHVP_SOLVERS[self.hypergradient](self)
+        return solver_settings.solver_of(self)
 
     @override(PPOConfig)
     def validate(self) -> None:

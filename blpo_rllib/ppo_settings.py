@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ray.rllib.policy.policy import PolicySpec
 from ray.rllib.utils.typing import LearningRateOrSchedule
 
+from blpo_rllib.solver_settings import NYSTROM_FIELDS, OLD_FIELDS, fields_without_effect
+
 if TYPE_CHECKING:
     from blpo_rllib.blpo import BLPOConfig
 
@@ -125,18 +127,9 @@ PER_MODULE = {
     *("gamma", "lambda_", "clip_param", "entropy_coeff", "use_kl_loss", "kl_coeff", "kl_target"),
     *("hypergradient", "curvature", "hypergradient_bound", "cross_clip_param", "cross_reduction"),
     *("correction_sample", "advantage_horizon", "advantage_refresh", "standardize_advantages", "max_kl", "target_kl"),
-    *("nystrom_rank", "nystrom_damping", "nystrom_core_shift", "nystrom_redraw", "cg_iterations", "cg_damping"),
-    *("exact_damping", "scaled_identity_damping", "learner_config_dict"),
+    *(*NYSTROM_FIELDS, *OLD_FIELDS, "learner_config_dict"),
     # With a notice of their own.
     *("vf_loss_coeff", "vf_clip_param"),
-}
-
-# Settings of one solver, by the value of `hypergradient` that reads them.
-SOLVER_SETTINGS = {
-    "nystrom": ("nystrom_rank", "nystrom_damping", "nystrom_core_shift", "nystrom_redraw"),
-    "cg": ("cg_iterations", "cg_damping"),
-    "exact": ("exact_damping",),
-    "scaled_identity": ("scaled_identity_damping",),
 }
 
 
@@ -187,13 +180,11 @@ def _without_effect(config: BLPOConfig) -> list[str]:
     penalty = [name for name in ("kl_coeff", "kl_target") if name in config.set_by_user and getattr(config, name)]
     if penalty and not config.use_kl_loss:
         found.append(f"{_assignments(config, penalty)} has no effect without use_kl_loss=True")
-    for solver, names in SOLVER_SETTINGS.items():
-        idle = [name for name in names if name in config.set_by_user]
-        if idle and config.hypergradient != solver:
-            found.append(
-                f"{_assignments(config, idle)} has no effect with hypergradient={config.hypergradient!r}: "
-                f"it belongs to hypergradient={solver!r}"
-            )
+    for solver, names in fields_without_effect(config).items():
+        found.append(
+            f"{_assignments(config, names)} has no effect with hypergradient={config.hypergradient!r}: "
+            f"it belongs to hypergradient={solver!r}"
+        )
     if config.hypergradient == "none":
         correction = ("curvature", "hypergradient_bound", "cross_clip_param", "cross_reduction", "correction_sample")
         if idle := [name for name in correction if name in config.set_by_user]:

@@ -83,7 +83,7 @@ def test_spaces(observation_space, action_space):
 
 @pytest.mark.parametrize("hypergradient", ["cg", "exact", "none"])
 def test_solvers_by_name(hypergradient):
-    c = config().training(hypergradient=hypergradient, cg_iterations=3).rl_module(model_config={"fcnet_hiddens": [8]})
+    c = config().training(hypergradient=hypergradient).rl_module(model_config={"fcnet_hiddens": [8]})
     algo = c.build_algo()
     results = algo.train()["learners"]["default_policy"]
     assert ("ihvp_relative_residual" in results) == (hypergradient != "none")

@@ -12,7 +12,7 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 
 from blpo_rllib import BLPOConfig
 from blpo_rllib.core.curvature import GaussNewton
-from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom, ScaledIdentity
+from blpo_rllib.core.ihvp import IHVP_SOLVERS, ConjugateGradient, Exact, Nystrom, ScaledIdentity
 from blpo_rllib.learning.learner import BLPOTorchLearner
 
 
@@ -52,8 +52,8 @@ def test_importing_registers_the_trainable():
 
 
 def test_training_sets_its_own_fields_and_passes_the_others_on():
-    c = config().training(num_critic_updates=7, hypergradient="cg", cg_damping=0.5, gamma=0.9, num_epochs=2)
-    assert (c.num_critic_updates, c.cg_damping, c.gamma, c.num_epochs) == (7, 0.5, 0.9, 2)
+    c = config().training(num_critic_updates=7, hypergradient="cg", nystrom_damping=0.5, gamma=0.9, num_epochs=2)
+    assert (c.num_critic_updates, c.nystrom_damping, c.gamma, c.num_epochs) == (7, 0.5, 0.9, 2)
     assert isinstance(c.get_ihvp_solver(), ConjugateGradient)
     assert c.actor_lr == 3e-4
     assert config().training(curvature="gauss_newton").get_curvature() is GaussNewton
@@ -62,6 +62,62 @@ def test_training_sets_its_own_fields_and_passes_the_others_on():
     assert config().training(hypergradient=solver).get_ihvp_solver() is solver
     assert config().training(hypergradient="none").get_ihvp_solver() is None
     assert isinstance(config().training(hypergradient="scaled_identity").get_ihvp_solver(), ScaledIdentity)
+
+
+def attributes(solver):
+    """What a solver was made with."""
+    return type(solver), {k: v for k, v in vars(solver).items() if not k.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"nystrom_core_shift": 0.5}, Nystrom(core_shift=0.5)),
+        ({"nystrom_redraw": True, "nystrom_rank": 3}, Nystrom(rank=3, redraw=True)),
+        ({"hypergradient": "cg", "cg_iterations": 7}, ConjugateGradient(iterations=7)),
+        ({"hypergradient": "cg", "cg_damping": 0.5}, ConjugateGradient(damping=0.5)),
+        ({"hypergradient": "exact", "exact_damping": 2.0}, Exact(damping=2.0)),
+        ({"hypergradient": "scaled_identity", "scaled_identity_damping": 3.0}, ScaledIdentity(damping=3.0)),
+    ],
+)
+def test_fields_that_are_arguments_of_solvers_now(old, new):
+    """They are taken with a warning that says what to write instead, by training(), overrides and dicts alike."""
+    with pytest.warns(DeprecationWarning, match=r"write hypergradient=\w+\(\w+=.*\) instead"):
+        c = config().training(**old)
+    assert attributes(c.get_ihvp_solver()) == attributes(new)
+    assert f"{type(new).__name__}(" in repr(c.get_ihvp_solver()) == repr(new)
+    with pytest.warns(DeprecationWarning, match=r"write hypergradient=\w+\(\w+=.*\) instead"):
+        again = BLPOConfig.from_dict(c.to_dict())
+    assert attributes(again.get_ihvp_solver()) == attributes(new)
+    overrides = BLPOConfig.overrides(**old)
+    with pytest.warns(DeprecationWarning, match="is deprecated: write"):
+        assert attributes(config().update_from_dict(overrides).get_ihvp_solver()) == attributes(new)
+
+
+def test_old_fields_at_their_defaults_are_silent(recwarn):
+    """As in dicts and checkpoints of version 0.1.0, which hold all of them."""
+    fields = {"nystrom_core_shift": 1.0, "nystrom_redraw": False, "cg_iterations": 20, "cg_damping": 0.0}
+    fields |= {"exact_damping": 50.0, "scaled_identity_damping": 50.0}
+    defaults = {name: config().training(hypergradient=name).get_ihvp_solver() for name in IHVP_SOLVERS}
+    for name, solver in defaults.items():
+        c = config().update_from_dict(fields | {"hypergradient": name})
+        assert attributes(c.get_ihvp_solver()) == attributes(solver)
+    assert not [w for w in recwarn if "write hypergradient=" in str(w.message)]
+    assert {name: solver.damping for name, solver in defaults.items()} == {
+        "nystrom": 50.0,
+        "cg": 0.0,
+        "exact": 50.0,
+        "scaled_identity": 50.0,
+    }
+
+
+def test_rank_and_damping_vary_a_nystrom_that_was_passed():
+    passed = Nystrom(rank=7, damping=3.0, core_shift=0.0, redraw=True)
+    assert config().training(hypergradient=passed).get_ihvp_solver() is passed
+    solver = config().training(hypergradient=passed, nystrom_damping=0.1).get_ihvp_solver()
+    assert attributes(solver) == attributes(Nystrom(7, 0.1, 0.0, True))
+    with pytest.raises(ValueError, match="nystrom_damping=-1"):
+        config().training(hypergradient=passed, nystrom_damping=-1).validate()
 
 
 def test_search_spaces_and_round_trips():
@@ -91,11 +147,11 @@ def test_search_spaces_and_round_trips():
         ({"advantage_horizon": "episode"}, "advantage_horizon='episode' must be 'segment' or 'rollout'"),
         ({"advantage_refresh": "step"}, "advantage_refresh='step' must be 'minibatch' or 'epoch' or 'iteration'"),
         ({"standardize_advantages": 2}, "standardize_advantages=2 must be True or False"),
-        ({"hypergradient": "scaled_identity", "scaled_identity_damping": 0}, "scaled_identity_damping=0"),
+        ({"hypergradient": "scaled_identity", "scaled_identity_damping": 0}, "ScaledIdentity.damping=0"),
         ({"nystrom_rank": 0}, "nystrom_rank=0 must be an integer >= 1"),
         ({"nystrom_damping": 0.0}, "nystrom_damping=0.0 must be a finite number > 0"),
-        ({"nystrom_core_shift": float("inf")}, "nystrom_core_shift=inf"),
-        ({"hypergradient": "cg", "cg_iterations": 0}, "cg_iterations=0"),
+        ({"nystrom_core_shift": float("inf")}, "Nystrom.core_shift=inf"),
+        ({"hypergradient": "cg", "cg_iterations": 0}, "ConjugateGradient.iterations=0"),
         ({"lr": 0.0}, "actor_lr=0.0 must be a number > 0"),
         ({"use_critic": False}, "use_critic=False"),
         ({"use_gae": False}, "use_gae=False|[Vv]alue"),

@@ -310,7 +310,7 @@ def update_learner(learner, shards):
 
 def group_weights(num_learners, **training):
     """Weights of both modules after NUM_UPDATES updates by a learner group, each learner given every n-th episode."""
-    config = group_config(num_learners, ("a", "b"), cg_iterations=4, cg_damping=1.0, **training)
+    config = group_config(num_learners, ("a", "b"), **training)
     group = config.build_learner_group()
     group.foreach_learner(set_weights)
     for number in range(NUM_UPDATES // 2):
@@ -345,7 +345,7 @@ def ray_instance():
         {"hypergradient": "nystrom"},
         # Single steps, because rollouts that are cut at other places have other advantages.
         dict(SHUFFLED_STEPS, standardize_advantages=True, correction_sample="batch"),
-        pytest.param({"hypergradient": "cg"}, marks=pytest.mark.slow),
+        pytest.param({"hypergradient": ConjugateGradient(4, 1.0)}, marks=pytest.mark.slow),
         pytest.param({"hypergradient": "none"}, marks=pytest.mark.slow),
     ],
     ids=lambda training: "_".join(map(str, training.values())),

@@ -285,7 +285,7 @@ def gradient_errors(game: Game, generator: np.random.Generator) -> dict[str, flo
     theta = torch.as_tensor(generator.normal(size=NUM_STATES))
     w, expected = game.best_response(theta), finite_differences(game.total, theta)
     p = len(w)
-    solvers = {"exact": Exact(), "nystrom, k = p, ρ = 1e-6": Nystrom(p, 1e-6, 0.0)}
+    solvers = {"exact": Exact(damping=0.0), "nystrom, k = p, ρ = 1e-6": Nystrom(p, 1e-6, 0.0)}
     return {
         name: float((hypergradient(game, theta, w, solver, generator) - expected).norm() / expected.norm())
         for name, solver in solvers.items()

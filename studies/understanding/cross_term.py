@@ -100,7 +100,7 @@ def expected_hypergradient(game: Game, theta: Tensor, w: Tensor, lambda_: float)
         batch=batch,
         leader=LeaderLoss(clip=0.2),
         correction=Correction(cross_clip=None, bound=None, cross_reduction="mean"),
-        solver=Exact(),
+        solver=Exact(damping=0.0),
         curvature=Hessian(loss, Reduction()),
         columns=Coordinates.of(np.arange(len(w)), w.device),
         reduction=Reduction(),

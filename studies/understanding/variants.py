@@ -32,6 +32,7 @@ from torch import Tensor
 from blpo_rllib.blpo import BLPOConfig
 from blpo_rllib.core import minibatch
 from blpo_rllib.core.hypergradient import Hypergradient, hypergradient
+from blpo_rllib.core.ihvp import ConjugateGradient
 from blpo_rllib.experiments.metrics import ENV_STEPS, grouped, iteration, metric_name
 from blpo_rllib.experiments.provenance import provenance
 from blpo_rllib.sweep.records import FINISHED, Row, TrialFiles, mean_return, summary, write_whole
@@ -89,7 +90,9 @@ VARIANTS = {
     "mean, ρ = 1": Variant({"cross_reduction": "mean", "nystrom_damping": 1.0}),
     "mean, ρ = 0.01": Variant({"cross_reduction": "mean", "nystrom_damping": 0.01}),
     "CG, undamped": Variant({"hypergradient": "cg"}),
-    "CG, Gauss–Newton, ρ = 0.01": Variant({"hypergradient": "cg", "cg_damping": 0.01, "curvature": "gauss_newton"}),
+    "CG, Gauss–Newton, ρ = 0.01": Variant(
+        {"hypergradient": ConjugateGradient(damping=0.01), "curvature": "gauss_newton"}
+    ),
 }
 
 

@@ -6,4 +6,11 @@ from blpo_rllib.core.ihvp.exact import Exact
 from blpo_rllib.core.ihvp.nystrom import Nystrom
 from blpo_rllib.core.ihvp.scaled_identity import ScaledIdentity
 
-__all__ = ["ConjugateGradient", "Exact", "IHVPSolver", "Nystrom", "ScaledIdentity"]
+IHVP_SOLVERS: dict[str, type[IHVPSolver]] = {
+    "nystrom": Nystrom,
+    "cg": ConjugateGradient,
+    "exact": Exact,
+    "scaled_identity": ScaledIdentity,
+}
+
+__all__ = ["IHVP_SOLVERS", "ConjugateGradient", "Exact", "IHVPSolver", "Nystrom", "ScaledIdentity"]

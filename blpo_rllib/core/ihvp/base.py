@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -29,6 +30,12 @@ class IHVPSolver(ABC):
     def __init_subclass__(cls, replayable: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.replayable = replayable
+
+    def __repr__(self) -> str:
+        """The call that makes this solver, as far as its arguments are kept under their names."""
+        names = inspect.signature(type(self).__init__).parameters
+        arguments = ", ".join(f"{name}={getattr(self, name)!r}" for name in names if name in vars(self))
+        return f"{type(self).__name__}({arguments})"
 
     def draw(self, size: int, generator: np.random.Generator) -> np.ndarray | None:
         """The coordinates whose rows of H the next :meth:`solve` takes, distinct int64 in [0, size), or None for none.

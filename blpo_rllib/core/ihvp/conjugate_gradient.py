@@ -29,8 +29,8 @@ class ConjugateGradient(IHVPSolver, replayable=True):
 
     def __init__(self, iterations: int = 20, damping: float = 0.0):
         if not isinstance(iterations, (int, np.integer)) or iterations < 1:
-            raise ValueError(f"cg_iterations={iterations!r} must be an integer >= 1")
-        check_damping(damping, "cg_damping", positive=False)
+            raise ValueError(f"ConjugateGradient.iterations={iterations!r} must be an integer >= 1")
+        check_damping(damping, "ConjugateGradient.damping", positive=False)
         self.iterations, self.damping = iterations, damping
 
     def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None, terms: Sequence[Tensor]) -> Tensor:

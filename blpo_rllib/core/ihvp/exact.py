@@ -24,8 +24,8 @@ class Exact(IHVPSolver):
         ValueError: If ``damping`` is out of range.
     """
 
-    def __init__(self, damping: float = 0.0, max_size: int = 10_000):
-        check_damping(damping, "exact_damping", positive=False)
+    def __init__(self, damping: float = 50.0, max_size: int = 10_000):
+        check_damping(damping, "Exact.damping", positive=False)
         self.damping, self.max_size = damping, max_size
         self._everything: np.ndarray | None = None
 

@@ -37,7 +37,7 @@ class Nystrom(IHVPSolver, replayable=True):
             raise ValueError(f"nystrom_rank={rank!r} must be an integer >= 1")
         check_damping(damping, "nystrom_damping", positive=True)
         if not np.isfinite(core_shift):
-            raise ValueError(f"nystrom_core_shift={core_shift!r} must be a finite number (1 as published, 0 for none)")
+            raise ValueError(f"Nystrom.core_shift={core_shift!r} must be a finite number (1 as published, 0 for none)")
         self.rank, self.damping, self.core_shift, self.redraw = rank, damping, core_shift, redraw
         self.columns: np.ndarray | None = None
 

@@ -24,7 +24,7 @@ class ScaledIdentity(IHVPSolver, replayable=True):
     """
 
     def __init__(self, damping: float = 50.0):
-        check_damping(damping, "scaled_identity_damping", positive=True)
+        check_damping(damping, "ScaledIdentity.damping", positive=True)
         self.damping = damping
 
     def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None, terms: Sequence[Tensor]) -> Tensor:
