@@ -31,7 +31,7 @@ from blpo_rllib.experiments.metrics import metric_name
 from blpo_rllib.experiments.provenance import provenance
 from blpo_rllib.sweep import SweepPlan, run_sweep
 from blpo_rllib.sweep.plan import DAMPING, RANK
-from studies.comparison.contestants import published
+from studies.comparison.contestants import example as published
 from studies.sweeps.damping_rules import LevenbergMarquardtNystrom, SpectralNystrom
 
 # Environment steps per run.

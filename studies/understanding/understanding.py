@@ -39,7 +39,7 @@ from blpo_rllib.experiments.metrics import ENV_STEPS, EPISODE_RETURN, grouped
 from blpo_rllib.experiments.provenance import provenance
 from blpo_rllib.sweep.fidelity import problem_of
 from blpo_rllib.sweep.records import write_whole
-from studies.comparison.contestants import published
+from studies.comparison.contestants import example as published
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

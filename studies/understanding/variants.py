@@ -36,7 +36,7 @@ from blpo_rllib.core.ihvp import ConjugateGradient
 from blpo_rllib.experiments.metrics import ENV_STEPS, grouped, iteration, metric_name
 from blpo_rllib.experiments.provenance import provenance
 from blpo_rllib.sweep.records import FINISHED, Row, TrialFiles, mean_return, summary, write_whole
-from studies.comparison.contestants import published
+from studies.comparison.contestants import example as published
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
