@@ -90,8 +90,15 @@ def problem_of(algo: Any) -> tuple[RLModulePlayers, SegmentBatch, UpdateSettings
 
     Args:
         algo: A BLPO algorithm of one module with a local EnvRunner and learner.
+
+    Raises:
+        ValueError: If its learners are actors.
     """
     config, learner = algo.config, local_learner(algo.learner_group)
+    if learner is None:
+        raise ValueError(
+            f"num_learners={config.num_learners} must be 0: this is measured on the learner of this process"
+        )
     episodes = algo.env_runner.sample(num_timesteps=config.total_train_batch_size)
     part = learner.build_train_batch(episodes, config.minibatch_size).policy_batches[DEFAULT_MODULE_ID]
     module = copy.deepcopy(learner.module[DEFAULT_MODULE_ID].unwrapped()).double()
