@@ -1,13 +1,21 @@
 """RLlib's modules as players: by hand against automatically, and what is recognised."""
 
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from problems import compiled_kernels, random_batch
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from test_update import SETTINGS
 
+from blpo_rllib.core.curvature import Hessian
+from blpo_rllib.core.ihvp import Nystrom
 from blpo_rllib.core.mlp import MLPActorPass, MLPCriticPass
 from blpo_rllib.core.networks import AutogradActorPass, AutogradCriticPass
+from blpo_rllib.core.reduction import Reduction
+from blpo_rllib.core.update import BilevelUpdate
 from blpo_rllib.learning.players import RLModulePlayers
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
 
@@ -131,3 +139,23 @@ def test_the_log_std_starts_where_the_model_config_says():
     built = module(ACTION_SPACES["box"], initial_log_std=-1.5)
     assert (built.pi.log_std == -1.5).all()
     assert (module(ACTION_SPACES["box"]).pi.log_std == 0.0).all()
+
+
+@pytest.mark.parametrize(("space", "model_config"), [("multi-discrete", {}), ("box", {"free_log_std": False})])
+def test_distributions_without_a_closed_form_train_with_compiled_kernels(space, model_config):
+    """Their derivatives are automatic, so that no minibatch can be replayed."""
+    kernels = compiled_kernels()
+    built = module(ACTION_SPACES[space], **model_config).double()
+    players = RLModulePlayers(built, "m", kernels=kernels)
+    batch = random_batch(4, 9, kernels=kernels)
+    actions = np.stack([ACTION_SPACES[space].sample() for _ in range(36)]).reshape(4, 9, 2)
+    batch = replace(
+        batch, obs=torch.randn(4, 9, OBS_SIZE, dtype=torch.float64), actions=torch.as_tensor(actions).to(torch.float64)
+    )
+    before = [p.detach().clone() for p in built.parameters()]
+    optimizers = [torch.optim.Adam(p, fused=True) for p in (players.actor_parameters, players.critic_parameters)]
+    update = BilevelUpdate(players, *optimizers, Hessian, Nystrom(3), 0, Reduction(), None, kernels)
+    update.run(batch, 2, SETTINGS)
+    for p, old in zip(built.parameters(), before, strict=True):
+        assert p.isfinite().all()
+        assert (p != old).any()

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blpo_rllib.core.lowering import CannotRecordError
+
 LOGP, ENTROPY, KL = 0, 1, 2
 
 
@@ -53,6 +55,8 @@ class AutogradTerms(HeadTerms):
         outputs: Tensor,
         log_std: Tensor | None,
     ):
+        if not torch.is_grad_enabled():
+            raise CannotRecordError("the policy's distribution is differentiated automatically")
         self._leaves = [x.T.detach().clone().requires_grad_() for x in (outputs, log_std) if x is not None]
         # A recording of the update runs without gradients.
         with torch.enable_grad():
