@@ -263,3 +263,17 @@ def test_arrays_that_may_change_are_refused():
 def test_kernels_that_do_not_exist_are_named():
     with pytest.raises(ValueError, match="no C\\+\\+ file has a function 'nonsense'"):
         native.load()("nonsense", torch.float32)
+
+
+def test_the_quicker_number_of_threads_is_found_and_does_not_matter():
+    before = torch.get_num_threads()
+    players, batch = players_and_batch()
+    updates = twice(players, Nystrom(3, 0.1))
+    torch.set_num_threads(2)
+    try:
+        for _ in range(4):
+            check(updates, batch, 3, SETTINGS)
+        (plan,) = updates[0][0]._replayed._plans.values()
+        assert set(plan._replay._quickest) == {1, 2}
+    finally:
+        torch.set_num_threads(before)

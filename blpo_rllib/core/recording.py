@@ -10,6 +10,7 @@ stands in the recorded code alone.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from blpo_rllib.core.lowering import LOWERINGS, VIEWS, CannotRecordError
 from blpo_rllib.core.native import DTYPES, Argument, Kernels, Net, pack
 
+# Runs by which the number of threads is chosen.
+_NUM_TRIALS = 12
 # What buffers are aligned to, in bytes: a cache line, and any vector.
 _ALIGNMENT = 64
 
@@ -186,10 +189,30 @@ class Replay:
         self._calls = (ctypes.c_int64 * (2 * len(calls)))(*(word for call in calls for word in call))
         self._start = ctypes.addressof(self._calls)
         self.inputs, self.outputs = inputs, outputs
+        # The quickest run so far by number of threads, where there is a choice.
+        self._quickest: dict[int, float] = {}
+        self._num_trials = 0
 
     def run(self) -> None:
-        """Runs all calls."""
-        self._kernels.run(self._start, self._num_calls)
+        """Runs all calls.
+
+        On one thread or on all: whichever was quicker in the first runs, for waking a thread may cost more than it
+        saves. Results do not depend on it.
+        """
+        num_threads = torch.get_num_threads()
+        if num_threads == 1:
+            self._kernels.run(self._start, self._num_calls, 1)
+        elif self._num_trials < _NUM_TRIALS:
+            self._try((1, num_threads)[self._num_trials % 2])
+        else:
+            self._kernels.run(self._start, self._num_calls, min(self._quickest, key=self._quickest.__getitem__))
+
+    def _try(self, num_threads: int) -> None:
+        started = time.perf_counter()
+        self._kernels.run(self._start, self._num_calls, num_threads)
+        elapsed = time.perf_counter() - started
+        self._quickest[num_threads] = min(elapsed, self._quickest.get(num_threads, elapsed))
+        self._num_trials += 1
 
 
 def _address(tensor: Tensor) -> int:

@@ -116,9 +116,9 @@ class Kernels:
         if self.listener is not None:
             self.listener(name, args)
 
-    def run(self, calls: int, count: int) -> None:
+    def run(self, calls: int, count: int, num_threads: int) -> None:
         """Runs a list of ``count`` calls, which starts at the address ``calls``: see ``Call`` in ``program.cpp``."""
-        self._run(calls, count, torch.get_num_threads())
+        self._run(calls, count, num_threads)
 
 
 def pack(args: Sequence[Argument], address: Callable[[Tensor], int]) -> tuple[Any, Any]:
