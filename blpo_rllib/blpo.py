@@ -420,6 +420,10 @@ class BLPOConfig(PPOConfig):
                 f"learner_class={self.learner_class.__name__} does not run BLPO's update but its own: derive it from "
                 "blpo_rllib.learning.learner.BLPOTorchLearner, whose docstring says what can be overridden"
             )
+        try:
+            self.learner_class.check()
+        except ValueError as error:
+            self._value_error(str(error))
 
     def _choose_env_runner(self) -> None:
         """Batched sampling by default, where RLlib would take its single-agent EnvRunner."""

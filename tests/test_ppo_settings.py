@@ -119,7 +119,7 @@ class TestBatchSizes:
         results = algo.train()
         assert results["env_runners"]["num_env_steps_sampled_lifetime"] == 102
         assert results["learners"]["default_policy"]["num_module_steps_trained"] == 102
-        (plan,) = algo.learner_group._learner._plans.values()
+        (plan,) = algo.learner_group._learner._plan_segments({"default_policy": 102}, 34).values()
         assert (plan.num_minibatches, plan.num_segments) == (3, 3)
         algo.stop()
 

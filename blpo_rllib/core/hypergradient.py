@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from blpo_rllib.core.added_losses import AddedTerms
 from blpo_rllib.core.curvature import CriticLoss, Curvature
 from blpo_rllib.core.ihvp import IHVPSolver
 from blpo_rllib.core.networks import ActorPass, Coordinates
@@ -236,6 +237,7 @@ def hypergradient(
     curvature: Curvature,
     columns: Coordinates | None,
     reduction: Reduction,
+    added: AddedTerms | None = None,
 ) -> Hypergradient:
     """The hypergradient at (θ, w) on one minibatch.
 
@@ -246,9 +248,10 @@ def hypergradient(
         leader: The leader's objective.
         correction: Clip and bound of the cross term.
         solver: The inverse-Hessian-vector product; None for nested PPO, which follows g_θ alone.
-        curvature: The follower's curvature at ``loss``.
+        curvature: The follower's curvature at ``loss``, that of added terms included.
         columns: The coordinates that the solver drew, if it draws any.
         reduction: Sums over the processes that share the minibatch.
+        added: Terms of the objectives besides J and L.
 
     Returns:
         All quantities of the computation.
@@ -256,13 +259,20 @@ def hypergradient(
     weights = loss.weights.view_as(batch.step)
     adv = batch.advantage.advantages(batch.rewards, loss.critic.values.view_as(batch.step))
     surrogate, own_grad_actor = leader_gradient(actor, batch, adv, weights, leader)
+    if added is not None:
+        own_grad_actor = own_grad_actor + added.leader_gradient()
     if solver is None:
         return Hypergradient.uncorrected(adv, surrogate, reduction.sum(own_grad_actor))
     own_grad_critic = leader_critic_gradient(loss, batch, surrogate, weights)
+    if added is not None:
+        own_grad_critic = own_grad_critic + added.leader_critic_gradient()
     own_terms = solver.local_terms(curvature, columns)
     grad_actor, grad_critic, *terms = reduction.sum_all([own_grad_actor, own_grad_critic, *own_terms])
     ihvp = solver.solve(curvature, grad_critic, columns, terms)
-    product = reduction.sum(mixed_product(actor, loss, batch, adv, surrogate, ihvp, correction))
+    own_product = mixed_product(actor, loss, batch, adv, surrogate, ihvp, correction)
+    if added is not None:
+        own_product = own_product + added.mixed_product(ihvp, correction.cross_reduction)
+    product = reduction.sum(own_product)
     mixed_norm, actor_norm = torch.linalg.vector_norm(product), torch.linalg.vector_norm(grad_actor)
     scale = bound_scale(mixed_norm, actor_norm, correction.bound)
     return Hypergradient(

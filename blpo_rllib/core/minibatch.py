@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import tree
 from torch import Tensor
 
 from blpo_rllib.core.adam import AdamSteps
+from blpo_rllib.core.added_losses import AddedCurvature, AddedLosses, AddedTerms
 from blpo_rllib.core.advantages import AdvantageRule
 from blpo_rllib.core.curvature import CriticLoss, Curvature
 from blpo_rllib.core.hypergradient import Correction, Hypergradient, LeaderLoss, hypergradient
@@ -229,6 +231,9 @@ def slots(nested: Any) -> Any:
     return tree.map_structure(slots, nested)
 
 
+Postprocess = Callable[[str, Tensor], Tensor]
+
+
 class MinibatchUpdate:
     """Takes the players through one minibatch.
 
@@ -239,6 +244,8 @@ class MinibatchUpdate:
         curvature: Class of the follower's curvature.
         solver: The inverse-Hessian-vector product; None for nested PPO, which follows g_θ alone.
         reduction: Sums over the processes that share the minibatch.
+        added: Terms of the objectives besides J and L.
+        postprocess: Gives another direction [n] for "actor" or "critic" and the one it would step along.
     """
 
     def __init__(
@@ -249,8 +256,11 @@ class MinibatchUpdate:
         curvature: type[Curvature],
         solver: IHVPSolver | None,
         reduction: Reduction,
+        added: AddedLosses | None = None,
+        postprocess: Postprocess | None = None,
     ):
         self._players, self._actor_adam, self._critic_adam = players, actor_adam, critic_adam
+        self._added, self._postprocess = added, postprocess
         self._curvature, self._solver, self._reduction = curvature, solver, reduction
 
     def __call__(
@@ -280,7 +290,7 @@ class MinibatchUpdate:
             result = self._hypergradient(batch, loss, actor, None, None, settings).with_correction_of(shared)
         counts = Counts(
             hypergradient_fallbacks=~torch.isfinite(result.mixed_norm),
-            skipped_actor_updates=self._actor_adam.step(result.direction, settings.grad_clip),
+            skipped_actor_updates=self._actor_adam.step(self._direction("actor", result.direction), settings.grad_clip),
             skipped_critic_updates=critic_skips,
         )
         step_means = _step_means(loss, actor, result, loss_before, settings.leader.clip)
@@ -301,6 +311,7 @@ class MinibatchUpdate:
         columns: Coordinates | None,
         settings: UpdateSettings,
     ) -> Hypergradient:
+        terms = self._added_terms(batch)
         return hypergradient(
             actor=actor,
             loss=loss,
@@ -308,10 +319,25 @@ class MinibatchUpdate:
             leader=settings.leader,
             correction=settings.correction,
             solver=solver,
-            curvature=self._curvature(loss, self._reduction),
+            curvature=self._curvature_at(loss, terms),
             columns=columns,
             reduction=self._reduction,
+            added=terms,
         )
+
+    def curvature(self, batch: Minibatch) -> Curvature:
+        """The follower's curvature at the present players."""
+        return self._curvature_at(self.critic_loss(batch), self._added_terms(batch))
+
+    def _curvature_at(self, loss: CriticLoss, terms: AddedTerms | None) -> Curvature:
+        curvature = self._curvature(loss, self._reduction)
+        return curvature if terms is None else AddedCurvature(curvature, terms, self._reduction)
+
+    def _added_terms(self, batch: Minibatch) -> AddedTerms | None:
+        return None if self._added is None else AddedTerms.of(self._added, batch, self._players)
+
+    def _direction(self, player: str, gradient: Tensor) -> Tensor:
+        return gradient if self._postprocess is None else self._postprocess(player, gradient)
 
     def _actor(self, batch: Minibatch, settings: UpdateSettings) -> ActorPass:
         old_dist_inputs = None if settings.leader.kl_coeff is None else batch.old_dist_inputs
@@ -327,7 +353,10 @@ class MinibatchUpdate:
         for _ in range(settings.num_critic_updates):
             loss = self.critic_loss(batch)
             first = loss.residual.square() if first is None else first
-            gradient = self._reduction.sum(loss.critic.gradient(loss.cotangent))
+            own_gradient = loss.critic.gradient(loss.cotangent)
+            if (terms := self._added_terms(batch)) is not None:
+                own_gradient = own_gradient + terms.follower_gradient()
+            gradient = self._direction("critic", self._reduction.sum(own_gradient))
             skips = skips + self._critic_adam.step(gradient, settings.grad_clip)
         assert first is not None
         return first, skips

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from blpo_rllib.core.adam import AdamSteps
+from blpo_rllib.core.added_losses import AddedLosses
 from blpo_rllib.core.advantages import Rollouts, anchored, full_advantages
 from blpo_rllib.core.curvature import Curvature
 from blpo_rllib.core.graphs import Graphed, GraphMaker
@@ -25,6 +26,7 @@ from blpo_rllib.core.minibatch import (
     MinibatchResult,
     MinibatchUpdate,
     Players,
+    Postprocess,
     StepMeans,
     UpdateSettings,
     slots,
@@ -55,6 +57,8 @@ class BilevelUpdate:
         reduction: Sums over the processes that share each minibatch.
         graphs: Records the work of a minibatch on an accelerator, to be replayed for the others; None for none.
         kernels: Compiled functions for the optimizers' steps on the CPU.
+        added: Terms of the objectives besides J and L.
+        postprocess: See :class:`MinibatchUpdate`.
     """
 
     def __init__(
@@ -68,25 +72,47 @@ class BilevelUpdate:
         reduction: Reduction,
         graphs: GraphMaker | None = None,
         kernels: Kernels | None = None,
+        added: AddedLosses | None = None,
+        postprocess: Postprocess | None = None,
     ):
-        self._players, self._curvature, self._solver = players, curvature, solver
+        self._optimizers, self._curvature, self._solver = (actor_optimizer, critic_optimizer), curvature, solver
+        self._undrawn = None if solver is None else solver.get_state()
         # Two, because processes with unlike numbers of segments draw unlike numbers for their order.
         order, columns = np.random.SeedSequence(seed).spawn(2)
         self._order_generator, self._column_generator = np.random.default_rng(order), np.random.default_rng(columns)
         self._reduction = reduction
-        self._adams = (
-            AdamSteps(actor_optimizer, players.actor_parameters, kernels),
-            AdamSteps(critic_optimizer, players.critic_parameters, kernels),
-        )
-        self._minibatch_update = MinibatchUpdate(players, *self._adams, curvature, solver, reduction)
-        self._replayed: ReplayedUpdate | None = None
-        if kernels is not None and self._is_replayable():
-            self._replayed = ReplayedUpdate(self._minibatch_update, self._adams, kernels)
-        self._graphed: Graphed | None = None
-        if graphs is not None and all(part is None or part.replayable for part in (curvature, solver)):
-            self._graphed = Graphed(self._take_rows, graphs, reduction)
-        self._drawn: tuple[np.ndarray, Coordinates] | None = None
+        self._graphs, self._kernels, self._added, self._postprocess = graphs, kernels, added, postprocess
+        self.take_players(players)
         self._rate_factor = 1.0
+
+    def take_players(self, players: Players) -> None:
+        """Trains these from now on: at the start, and where other parameters than before are trainable.
+
+        The optimizers keep the moments of all parameters, trainable or not.
+        """
+        actor_optimizer, critic_optimizer = self._optimizers
+        self._players = players
+        self._adams = (
+            AdamSteps(actor_optimizer, players.actor_parameters, self._kernels),
+            AdamSteps(critic_optimizer, players.critic_parameters, self._kernels),
+        )
+        self._minibatch_update = MinibatchUpdate(
+            players, *self._adams, self._curvature, self._solver, self._reduction, self._added, self._postprocess
+        )
+        as_ever = self._added is None and self._postprocess is None
+        self._replayed: ReplayedUpdate | None = None
+        if self._kernels is not None and as_ever and self._is_replayable():
+            self._replayed = ReplayedUpdate(self._minibatch_update, self._adams, self._kernels)
+        self._graphed: Graphed | None = None
+        replayable = all(part is None or part.replayable for part in (self._curvature, self._solver))
+        if self._graphs is not None and as_ever and replayable:
+            self._graphed = Graphed(self._take_rows, self._graphs, self._reduction)
+        self._drawn: tuple[np.ndarray, Coordinates] | None = None
+
+    def forget_draw(self) -> None:
+        """Lets the solver draw anew, for a critic with other coordinates."""
+        if self._solver is not None and self._undrawn is not None:
+            self._solver.set_state(self._undrawn)
 
     def run(
         self, batch: SegmentBatch, num_minibatches: int, settings: UpdateSettings, rollouts: Rollouts | None = None
@@ -146,7 +172,7 @@ class BilevelUpdate:
         if self._solver is not None:
             # On the last sample only, for the product it takes.
             last = sample if shared is not None else Minibatch.of(segments.permuted(rows), targets[rows], num_steps)
-            curvature = self._curvature(self._minibatch_update.critic_loss(last), self._reduction)
+            curvature = self._minibatch_update.curvature(last)
             residual = self._solver.relative_residual(curvature, result.grad_critic, result.ihvp)
             metrics["ihvp_relative_residual"] = float(residual)
             metrics["damping"] = float(self._solver.damping)

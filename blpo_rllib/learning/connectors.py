@@ -79,6 +79,7 @@ class PackSegments(ConnectorV2):
     to every episode or fragment its last observation and marks it False in the loss mask. The minibatch size reaches
     the connector under :data:`MINIBATCH_SIZE` in ``shared_data``. Observations of a recurrent
     module, which :class:`AddStateOfEachStep` gave states, become :func:`recurrent_observation`.
+    Modules for which there is no plan keep their columns.
 
     Args:
         plan: Maps the number of steps by module ID and the minibatch size to a plan for each module that has steps on
@@ -99,7 +100,9 @@ class PackSegments(ConnectorV2):
     @override(ConnectorV2)
     def __call__(self, *, rl_module: Any, batch: dict[str, Any], shared_data: dict[str, Any], **kwargs: Any) -> Any:
         is_step = {
-            module_id: columns[Columns.LOSS_MASK].cpu().numpy().astype(bool) for module_id, columns in batch.items()
+            module_id: columns[Columns.LOSS_MASK].cpu().numpy().astype(bool)
+            for module_id, columns in batch.items()
+            if Columns.LOSS_MASK in columns
         }
         num_steps = {module_id: int(x.sum()) for module_id, x in is_step.items()}
         packed = {}
@@ -108,7 +111,10 @@ class PackSegments(ConnectorV2):
             packed[module_id] = self._pack(
                 columns, is_step.get(module_id, np.zeros(1, bool)), plan, rl_module[module_id].unwrapped()
             )
-        batch.clear()
+        # Modules without a plan keep their single steps, if they have any.
+        for module_id in is_step.keys() - packed.keys():
+            if not is_step[module_id].any():
+                del batch[module_id]
         batch.update(packed)
         return batch
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import logging
 import zlib
 from collections.abc import Iterable, Mapping
@@ -18,7 +20,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.learner import DEFAULT_OPTIMIZER, LR_KEY, Learner
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.learner.training_data import TrainingData
-from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
+from ray.rllib.core.rl_module.apis import SelfSupervisedLossAPI, ValueFunctionAPI
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.annotations import override
 
@@ -32,6 +34,7 @@ from blpo_rllib.core.native import Kernels
 from blpo_rllib.core.reduction import AllReduce, Reduction
 from blpo_rllib.core.segments import SegmentBatch, SegmentPlan
 from blpo_rllib.core.update import BilevelUpdate
+from blpo_rllib.learning import hooks
 from blpo_rllib.learning.connectors import (
     MINIBATCH_SIZE,
     NUM_MINIBATCHES,
@@ -43,8 +46,13 @@ from blpo_rllib.learning.connectors import (
     RewardScale,
     normalize_rewards,
 )
-from blpo_rllib.learning.players import RLModulePlayers, blank_action, blank_observation
-from blpo_rllib.learning.recurrence import slotwise
+from blpo_rllib.learning.players import (
+    RLModulePlayers,
+    batch_of,
+    blank_action,
+    blank_observation,
+    check_module_class,
+)
 from blpo_rllib.learning.train_batch import ModuleSegments
 from blpo_rllib.rllib_private import lr_scheduler_makers
 
@@ -63,7 +71,20 @@ REPLAYED_WIDTH_MULTIPLE = 4
 
 
 class BLPOTorchLearner(PPOTorchLearner):
-    """Runs BLPO's update phase on episodes.
+    """Runs BLPO's update phase on episodes. Derive a learner of your own from this class.
+
+    What a subclass may override, besides RLlib's ``build``, ``before_gradient_based_update`` and
+    ``after_gradient_based_update``:
+
+    - :meth:`compute_leader_loss_for_module` and :meth:`compute_follower_loss_for_module`, terms added to the leader's
+      objective J and to the follower's L; both enter the hypergradient with all their derivatives;
+    - :meth:`compute_loss_for_module`, RLlib's own hook: what it adds to ``super()``'s value is added to both
+      objectives, and each player goes by its derivative in its own parameters, as each network does in PPO;
+    - :meth:`postprocess_gradients_for_module`, called with the direction of each critic step and each actor step;
+    - :meth:`configure_optimizers_for_module`, to do more than ``super()`` does.
+
+    Methods of RLlib's that have no place in the update are refused: :data:`blpo_rllib.learning.hooks.WITHOUT_MEANING`.
+    Modules without value function are trained as in PPO, if they or a subclass have a loss for them.
 
     From PPO's learner it keeps the entropy and KL coefficients, the episode handling up to the flat batch, and the
     checks on modules. Two hooks carry the difference: ``_create_iterator_if_necessary`` hands over the whole batch once
@@ -74,17 +95,31 @@ class BLPOTorchLearner(PPOTorchLearner):
     @classmethod
     def has_loss_of_its_own(cls) -> bool:
         """Whether a subclass computes a loss."""
-        return cls.compute_loss_for_module is not BLPOTorchLearner.compute_loss_for_module
+        return "compute_loss_for_module" in cls._overridden()
+
+    @classmethod
+    def check(cls) -> None:
+        """Raises ValueError if a subclass overrides what has no place in the update."""
+        hooks.check(cls, BLPOTorchLearner)
+
+    @classmethod
+    def _overridden(cls) -> set[str]:
+        names = {"compute_loss_for_module", "compute_leader_loss_for_module", "compute_follower_loss_for_module"}
+        names.add("postprocess_gradients_for_module")
+        return {name for name in names if getattr(cls, name) is not getattr(BLPOTorchLearner, name)}
 
     @override(Learner)
     def build(self) -> None:
+        self.check()
         # The players are made in `configure_optimizers_for_module`, which `super().build()` calls.
         self._bilevel_updates: dict[str, BilevelUpdate] = {}
+        self._players: dict[str, RLModulePlayers] = {}
         self._reward_scale: RewardScale | None = None
         # In which learners exchange something, so that all of them have to run, with or without episodes.
         self._meeting_connectors: list[ConnectorV2] = []
         self._reduction = AllReduce() if self.distributed else Reduction()
         super().build()
+        self._check_updates()
         if self._learner_connector is None or not self.config.add_default_connectors_to_learner_pipeline:
             return
         if self.config.normalize_rewards:
@@ -101,7 +136,8 @@ class BLPOTorchLearner(PPOTorchLearner):
     @override(TorchLearner)
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
         module = self._module[module_id].unwrapped()
-        if not isinstance(module, ValueFunctionAPI) and self._is_never_trained(module_id):
+        if not isinstance(module, ValueFunctionAPI):
+            self._configure_without_values(module_id, module, config)
             return
         players = RLModulePlayers(module, module_id, kernels=self.kernels)
         solver = copy.deepcopy(config.get_ihvp_solver())
@@ -109,8 +145,8 @@ class BLPOTorchLearner(PPOTorchLearner):
             solver.check_size(sum(p.numel() for p in players.critic_parameters))
         optimizers = {}
         for name, parameters, lr in (
-            (ACTOR_OPTIMIZER, players.actor_parameters, config.get_actor_lr()),
-            (CRITIC_OPTIMIZER, players.critic_parameters, config.get_critic_lr()),
+            (ACTOR_OPTIMIZER, players.actor_members, config.get_actor_lr()),
+            (CRITIC_OPTIMIZER, players.critic_members, config.get_critic_lr()),
         ):
             # The update steps it through AdamSteps; fused, so that the state it keeps is that of the kernel used there.
             optimizers[name] = torch.optim.Adam(parameters, eps=config.adam_epsilon, fused=True)
@@ -122,6 +158,11 @@ class BLPOTorchLearner(PPOTorchLearner):
                 lr_or_lr_schedule=lr,
             )
         self._make_lr_schedulers(module_id)
+        self._players[module_id] = players
+        losses = self._overridden() - {"postprocess_gradients_for_module"}
+        postprocess = None
+        if config.log_gradients or "postprocess_gradients_for_module" in self._overridden():
+            postprocess = functools.partial(hooks.postprocessed, self, module_id)
         self._bilevel_updates[module_id] = BilevelUpdate(
             players,
             optimizers[ACTOR_OPTIMIZER],
@@ -133,7 +174,105 @@ class BLPOTorchLearner(PPOTorchLearner):
             self._reduction,
             CudaGraphs(self._device) if self._makes_graphs else None,
             self.kernels,
+            hooks.LearnerLosses(self, module_id, losses) if losses else None,
+            postprocess,
         )
+
+    def _configure_without_values(self, module_id: str, module: Any, config: Any) -> None:
+        """Trained by its own loss or a subclass's, with one optimizer as in PPO, or not at all."""
+        if self._is_never_trained(module_id):
+            return
+        if isinstance(module, SelfSupervisedLossAPI) or self.has_loss_of_its_own():
+            parameters = self.get_parameters(module)
+            self.register_optimizer(
+                module_id=module_id,
+                optimizer=torch.optim.Adam(parameters),
+                params=parameters,
+                lr_or_lr_schedule=config.get_actor_lr(),
+            )
+        elif not callable(self.config.policies_to_train):
+            check_module_class(type(module), module_id)
+
+    def _check_updates(self) -> None:
+        """A subclass that configures optimizers without ``super()`` would leave its modules untrained."""
+        for module_id in self.module.keys():  # noqa: SIM118
+            module = self._module[module_id].unwrapped()
+            trained = isinstance(module, ValueFunctionAPI) and self.rl_module_is_compatible(self._module[module_id])
+            if trained and module_id not in self._bilevel_updates:
+                raise ValueError(
+                    f"{type(self).__name__} configures optimizers for module {module_id!r} in its own way, but BLPO's "
+                    "update steps its own two: call super().configure_optimizers_for_module(), and set learning rates "
+                    "by actor_lr and critic_lr"
+                )
+
+    def players_of(self, module_id: str) -> RLModulePlayers:
+        """A module's present players."""
+        return self._players[module_id]
+
+    def _follow_freezing(self, module_id: str) -> None:
+        """Makes new players where parameters were frozen or unfrozen (``requires_grad``) since the last update."""
+        players = self._players[module_id]
+        if players.are_current():
+            return
+        new = RLModulePlayers(self._module[module_id].unwrapped(), module_id, kernels=self.kernels)
+        update = self._bilevel_updates[module_id]
+        if list(map(id, new.critic_parameters)) != list(map(id, players.critic_parameters)):
+            solver = self.config.get_config_for_module(module_id).get_ihvp_solver()
+            if solver is not None:
+                solver.check_size(sum(p.numel() for p in new.critic_parameters))
+            update.forget_draw()
+        self._players[module_id] = new
+        update.take_players(new)
+
+    def compute_leader_loss_for_module(
+        self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """A term ℓ_J(θ, w) to add to the leader's objective J, which is minimised; None for none.
+
+        Args:
+            module_id: The module.
+            config: Its configuration.
+            batch: The minibatch slot by slot, with RLlib's columns; ``Columns.LOSS_MASK`` says which slots are steps.
+            fwd_out: What the module's ``forward_train`` returns for it, with its graph.
+
+        Returns:
+            A scalar with its graph: of steps a mean (over those in the loss mask), or of parameters.
+        """
+        return None
+
+    def compute_follower_loss_for_module(
+        self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """A term ℓ_L(θ, w) to add to the follower's objective L, as :meth:`compute_leader_loss_for_module` to J.
+
+        It enters the nested steps, the curvature and the cross term.
+        """
+        return None
+
+    @override(PPOTorchLearner)
+    def compute_loss_for_module(
+        self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: dict[str, Any]
+    ) -> torch.Tensor:
+        """0: J and L are differentiated in closed form. What a subclass adds is added to both, see the class."""
+        if module_id not in self._bilevel_updates:
+            check_module_class(type(self._module[module_id].unwrapped()), module_id)
+        return torch.zeros((), device=self._device)
+
+    @override(PPOTorchLearner)
+    def postprocess_gradients_for_module(
+        self, *, module_id: str, config: Any = None, module_gradients_dict: dict[Any, Any]
+    ) -> dict[Any, Any]:
+        """Leaves a player's direction as it is; it is clipped (``grad_clip``) as the optimizer steps."""
+        if module_id not in self._bilevel_updates:
+            return super().postprocess_gradients_for_module(
+                module_id=module_id, config=config, module_gradients_dict=module_gradients_dict
+            )
+        if config.log_gradients:
+            for name, optimizer in self.get_optimizers_for_module(module_id):
+                if own := self.filter_param_dict_for_optimizer(module_gradients_dict, optimizer):
+                    norm = self._get_global_norm_function()(list(own.values()))
+                    self.metrics.log_value((module_id, f"gradients_{name}_global_norm"), norm, window=1)
+        return module_gradients_dict
 
     def _make_lr_schedulers(self, module_id: str) -> None:
         """Torch's schedulers, for both optimizers; RLlib makes its own where it applies gradients."""
@@ -167,6 +306,7 @@ class BLPOTorchLearner(PPOTorchLearner):
     @override(PPOTorchLearner)
     def remove_module(self, module_id: str, **kwargs: Any) -> Any:
         self._bilevel_updates.pop(module_id, None)
+        self._players.pop(module_id, None)
         return super().remove_module(module_id, **kwargs)
 
     def _plan_segments(self, num_steps: dict[str, int], minibatch_size: int | None) -> dict[str, SegmentPlan]:
@@ -187,7 +327,7 @@ class BLPOTorchLearner(PPOTorchLearner):
         module = self._module[module_id].unwrapped()
         obs, action = blank_observation(module, 1), blank_action(module, 1)
         with torch.no_grad():
-            outputs = slotwise(module).forward_train({Columns.OBS: obs})[Columns.ACTION_DIST_INPUTS]
+            outputs = self._players[module_id].forward_train(batch_of(obs))[Columns.ACTION_DIST_INPUTS]
         zero = outputs.new_zeros(1)
         return {
             Columns.OBS: obs,
@@ -213,7 +353,14 @@ class BLPOTorchLearner(PPOTorchLearner):
         if training_data.batch is not None:
             return [training_data.batch]
         assert training_data.episodes is not None
-        return [self.build_train_batch(training_data.episodes, minibatch_size, num_epochs)]
+        columns = self._packed_columns(training_data.episodes, minibatch_size)
+        num_steps = sum(map(len, training_data.episodes))
+        return itertools.chain(
+            [self._train_batch(columns, num_steps, num_epochs)],
+            self._minibatches_of_others(
+                columns, num_steps, num_epochs=num_epochs, minibatch_size=minibatch_size, **kwargs
+            ),
+        )
 
     def build_train_batch(
         self, episodes: list[Any], minibatch_size: int | None, num_epochs: int = 1
@@ -229,22 +376,39 @@ class BLPOTorchLearner(PPOTorchLearner):
             num_epochs: Passes over the batch, >= 1.
 
         Returns:
-            A :class:`~blpo_rllib.learning.train_batch.ModuleSegments` for each module to be trained, to be passed to
-            ``update(batch=...)``.
+            A :class:`~blpo_rllib.learning.train_batch.ModuleSegments` for each module to be trained that has a value
+            function, to be passed to ``update(batch=...)``.
         """
-        columns = self._packed_columns(episodes, minibatch_size)
+        return self._train_batch(self._packed_columns(episodes, minibatch_size), sum(map(len, episodes)), num_epochs)
+
+    def _train_batch(self, columns: dict[str, dict[str, Any]], num_steps: int, num_epochs: int) -> MultiAgentBatch:
         num_minibatches = {module_id: x.pop(NUM_MINIBATCHES, 1) for module_id, x in columns.items()}
-        # What `policies_to_train` may look at.
-        packed = MultiAgentBatch(
-            {module_id: SampleBatch(x) for module_id, x in columns.items()}, env_steps=sum(map(len, episodes))
-        )
         modules = {}
-        for module_id, x in columns.items():
-            if self.should_module_be_updated(module_id, packed):
-                segments = self._segment_batch(module_id, x)
-                rollouts = self._rollouts(module_id, x, segments)
-                modules[module_id] = ModuleSegments(segments, rollouts, num_minibatches[module_id], num_epochs)
-        return MultiAgentBatch(modules, num_epochs * packed.env_steps())
+        for module_id in self._to_train(columns, num_steps) & self._bilevel_updates.keys():
+            segments = self._segment_batch(module_id, columns[module_id])
+            rollouts = self._rollouts(module_id, columns[module_id], segments)
+            modules[module_id] = ModuleSegments(segments, rollouts, num_minibatches[module_id], num_epochs)
+        return MultiAgentBatch(modules, num_epochs * num_steps)
+
+    def _to_train(self, columns: dict[str, dict[str, Any]], num_steps: int) -> set[str]:
+        """The modules to be trained, among those in the batch."""
+        # What `policies_to_train` may look at.
+        batch = MultiAgentBatch({module_id: SampleBatch(x) for module_id, x in columns.items()}, env_steps=num_steps)
+        return {module_id for module_id in columns if self.should_module_be_updated(module_id, batch)}
+
+    def _minibatches_of_others(
+        self, columns: dict[str, dict[str, Any]], num_steps: int, **kwargs: Any
+    ) -> Iterable[MultiAgentBatch]:
+        """Minibatches of single steps, as PPO makes them, for modules without value function."""
+        modules = self._to_train(columns, num_steps) - self._bilevel_updates.keys()
+        for module_id in modules:
+            if not self._module_optimizers[module_id]:
+                check_module_class(type(self._module[module_id].unwrapped()), module_id)
+        if not modules:
+            return []
+        # Environment steps are counted with the other modules.
+        batch = MultiAgentBatch({module_id: SampleBatch(columns[module_id]) for module_id in modules}, env_steps=0)
+        return super()._create_iterator_if_necessary(training_data=TrainingData(batch=batch), **kwargs)
 
     def _packed_columns(self, episodes: list[Any], minibatch_size: int | None) -> dict[str, dict[str, Any]]:
         """What the connectors make of the episodes, by module."""
@@ -262,9 +426,12 @@ class BLPOTorchLearner(PPOTorchLearner):
 
     @override(TorchLearner)
     def _update(self, batch: dict[str, ModuleSegments], **kwargs: Any) -> tuple[Any, Any, Any]:
+        if batch and not batch.keys() & self._bilevel_updates.keys():
+            return self._update_others(batch)
         losses = {}
         # In one order on all learners, which meet in each module's update.
         for module_id, part in sorted(batch.items()):
+            self._follow_freezing(module_id)
             settings = self.update_settings(module_id, part.num_epochs)
             metrics = self._bilevel_updates[module_id].run(part.segments, part.num_minibatches, settings, part.rollouts)
             if any(metrics[name] for name in Counts._fields):
@@ -278,6 +445,24 @@ class BLPOTorchLearner(PPOTorchLearner):
                 metrics["curr_kl_coeff"] = 0.0
             self.metrics.log_dict(metrics, key=module_id, window=1)
         return {}, losses, {}
+
+    def _update_others(self, batch: dict[str, Any]) -> tuple[Any, Any, Any]:
+        """RLlib's own update, for modules without value function."""
+        fwd_out = self.module.forward_train(batch)
+        losses = self.compute_losses(fwd_out=fwd_out, batch=batch)
+        gradients = self.compute_gradients(losses)
+        postprocessed: dict[Any, Any] = {}
+        for module_id in batch:
+            own: dict[Any, Any] = {}
+            for _, optimizer in self.get_optimizers_for_module(module_id):
+                own |= self.filter_param_dict_for_optimizer(gradients, optimizer)
+            postprocessed |= self.postprocess_gradients_for_module(
+                module_id=module_id,
+                config=self.config.get_config_for_module(module_id),
+                module_gradients_dict=own,
+            )
+        self.apply_gradients(postprocessed)
+        return fwd_out, losses, {}
 
     @override(PPOTorchLearner)
     def after_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:

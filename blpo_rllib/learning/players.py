@@ -32,7 +32,8 @@ from blpo_rllib.learning.rl_module import BLPOTorchRLModule
 class RLModulePlayers(Players):
     """An RLModule as the two players of the bilevel game.
 
-    A parameter is the critic's if V depends on it and the actor's if the action distribution does.
+    A parameter is the critic's if V depends on it and the actor's if the action distribution does, unless it is frozen
+    (``requires_grad=False``) as these players are made.
 
     Args:
         module: A torch RLModule with a value function and nothing shared between it and the policy. If it is recurrent,
@@ -50,25 +51,54 @@ class RLModulePlayers(Players):
         self._module, self._kernels = slotwise(module), kernels
         self._distribution = module.get_train_action_dist_cls()
         self._old_distribution = module.get_exploration_action_dist_cls()
-        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        obs = blank_observation(module, 2)
-        critic = _depends_on(self._module.compute_values({Columns.OBS: obs}), parameters)
-        actor = _depends_on(self._module.forward_train({Columns.OBS: obs})[Columns.ACTION_DIST_INPUTS], parameters)
-        if shared := sorted(critic.keys() & actor.keys()):
+        self._values_first = _needs_values_first(self._module, blank_observation(module, 2))
+        critic, actor = self._members(module)
+        if shared := sorted(name for name in critic.keys() & actor.keys() if critic[name].requires_grad):
             raise ValueError(
                 f"module {module_id!r} ({type(module).__name__}) shares {len(shared)} parameters between actor and "
-                f"critic ({', '.join(shared[:3])}, ...), but BLPO's leader and follower must be separate: set "
-                "vf_share_layers=False in the model config"
+                f"critic ({', '.join(shared[:3])}, ...), but BLPO's leader and follower must be separate: give each an "
+                "encoder of its own, or set separate_shared_trunk=True in config.training(), which makes two copies of "
+                "the module, one for each player"
             )
-        for player, found in {"critic": critic, "actor": actor}.items():
-            if not found:
-                raise ValueError(f"module {module_id!r} ({type(module).__name__}) has no trainable {player} parameters")
-        self.actor_parameters, self.critic_parameters = list(actor.values()), list(critic.values())
+        # Of each player, frozen ones included: what its optimizer may come to step.
+        self.actor_members = [p for name, p in actor.items() if name not in critic]
+        self.critic_members = [p for name, p in critic.items() if name not in actor]
         self._critic_mlp: MLP | None = None
         self._actor_mlp: MLP | None = None
         self._log_std: Tensor | None = None
         if by_hand:
             self._find_perceptrons()
+        # Frozen ones belong to neither.
+        self.actor_parameters = [p for p in self.actor_members if p.requires_grad]
+        self.critic_parameters = [p for p in self.critic_members if p.requires_grad]
+        for player, found in {"critic": self.critic_parameters, "actor": self.actor_parameters}.items():
+            if not found:
+                raise ValueError(
+                    f"module {module_id!r} ({type(module).__name__}) has no trainable {player} parameters: unfreeze "
+                    "some of them (requires_grad), or take the module out of policies_to_train"
+                )
+
+    def _members(self, module: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The parameters that V depends on and those that the action distribution does, frozen ones included."""
+        parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+        frozen = [p for p in parameters.values() if not p.requires_grad]
+        obs = blank_observation(module, 2)
+        try:
+            for p in frozen:
+                p.requires_grad_(True)
+            critic = _depends_on(self._module.compute_values(batch_of(obs)), parameters)
+            actor = _depends_on(self.forward_train(batch_of(obs))[Columns.ACTION_DIST_INPUTS], parameters)
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+        return critic, actor
+
+    def forward_train(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The module's training pass, after that of its values where it builds on what that leaves in the batch."""
+        if self._values_first:
+            with torch.no_grad():
+                self._module.compute_values(batch)
+        return self._module.forward_train(batch)
 
     @property
     def replayable(self) -> bool:  # type: ignore[override]
@@ -79,8 +109,9 @@ class RLModulePlayers(Players):
         cls, encoder = type(self._module), getattr(self._module, "encoder", None)
         default_values = getattr(cls, "compute_values", None) is DefaultPPOTorchRLModule.compute_values
         mlp = perceptron(getattr(encoder, "critic_encoder", None), self._module.vf) if default_values else None
-        if mlp is not None and _same(mlp.parameters, self.critic_parameters):
-            self._critic_mlp, self.critic_parameters = mlp, mlp.parameters
+        if mlp is not None and _same(mlp.parameters, self.critic_members):
+            self.critic_members = mlp.parameters
+            self._critic_mlp = mlp if _all_trainable(self.critic_members) else None
         default_policy = getattr(cls, "_forward_train", None) in (
             BLPOTorchRLModule._forward_train,
             DefaultPPOTorchRLModule._forward_train,
@@ -89,9 +120,11 @@ class RLModulePlayers(Players):
         if mlp is not None:
             log_std = getattr(self._module.pi, "log_std", None)
             found = mlp.parameters + ([] if log_std is None else [log_std])
-            if _same(found, self.actor_parameters):
+            if _same(found, self.actor_members):
+                self.actor_members = found
                 self._log_std_clip = _log_std_clip(self._module.pi)
-                self._actor_mlp, self._log_std, self.actor_parameters = mlp, log_std, found
+                if _all_trainable(found):
+                    self._actor_mlp, self._log_std = mlp, log_std
 
     def columns(self, indices: np.ndarray) -> Coordinates:
         return super().columns(indices) if self._critic_mlp is None else self._critic_mlp.columns(indices)
@@ -99,12 +132,17 @@ class RLModulePlayers(Players):
     def critic(self, obs: Any) -> CriticPass:
         if self._critic_mlp is not None:
             return critic_pass(self._critic_mlp, obs, self._kernels)
-        values = self._module.compute_values({Columns.OBS: obs})
+        values = self._module.compute_values(batch_of(obs))
         return AutogradCriticPass(values, self.critic_parameters, batched=isinstance(self._module, SlotwiseModule))
+
+    def are_current(self) -> bool:
+        """Whether the same parameters are trainable as when these players were made."""
+        trainable = [p for p in (*self.actor_members, *self.critic_members) if p.requires_grad]
+        return _same(trainable, [*self.actor_parameters, *self.critic_parameters])
 
     def actor(self, obs: Any, actions: Any, old_dist_inputs: Tensor | None) -> ActorPass:
         if self._actor_mlp is None:
-            inputs = self._module.forward_train({Columns.OBS: obs})[Columns.ACTION_DIST_INPUTS]
+            inputs = self.forward_train(batch_of(obs))[Columns.ACTION_DIST_INPUTS]
             terms = self._terms(inputs, actions, old_dist_inputs)
             return AutogradActorPass(*terms, self.actor_parameters)
         head = self._policy_head(actions, old_dist_inputs)
@@ -150,6 +188,25 @@ def check_module_class(module_class: type, module_id: str) -> None:
         )
 
 
+def _needs_values_first(module: Any, obs: Any) -> bool:
+    """Whether the training pass is another one after that of the values on the same batch, PPO's order of calls."""
+    with torch.no_grad():
+        batch = batch_of(obs)
+        module.compute_values(batch)
+        after_values = module.forward_train(batch)[Columns.ACTION_DIST_INPUTS]
+        try:
+            alone = module.forward_train(batch_of(obs))[Columns.ACTION_DIST_INPUTS]
+        except Exception:
+            # Whatever the module raises where it misses what it expects in the batch.
+            return True
+    return not torch.equal(alone, after_values)
+
+
+def batch_of(obs: Any) -> dict[str, Any]:
+    """A batch of observations that a module may change, nested ones included."""
+    return {Columns.OBS: obs if isinstance(obs, Tensor) else tree.map_structure(lambda x: x, obs)}
+
+
 def blank_observation(module: Any, count: int) -> Any:
     """``count`` observations of the module's space, all zero, on the module's device; each a sequence of its own."""
     obs = _blank(module.observation_space, module, count)
@@ -190,6 +247,10 @@ def perceptron(encoder: Any, head: Any) -> MLP | None:
     if type(encoder) is not TorchMLPEncoder or type(head) not in (TorchMLPHead, TorchFreeLogStdMLPHead):
         return None
     return MLP.of([encoder.net, head.net])
+
+
+def _all_trainable(parameters: list[Tensor]) -> bool:
+    return all(p.requires_grad for p in parameters)
 
 
 def _same(found: list[Tensor], expected: list[Tensor]) -> bool:
