@@ -34,6 +34,12 @@ from blpo_rllib.learning.players import RLModulePlayers, check_module_class
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule, adapted
 from blpo_rllib.sampling.env_runner import BatchedEnvRunner
 from blpo_rllib.sampling.envpool import check_task, envpool_task
+from blpo_rllib.sampling.evaluation import (
+    OneEpisodeEach,
+    kept_statistics,
+    merge_training_statistics,
+    use_training_statistics,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +116,10 @@ class BLPOConfig(PPOConfig):
         # Deprecated; None: not set.
         for name in solver_settings.OLD_FIELDS:
             setattr(self, name, None)
+
+        # The evaluation's.
+        self.evaluation_one_episode_per_env = False
+        self.evaluation_seed = 0
 
         # Names of the settings that somebody has set since, by whatever way.
         self.set_by_user: frozenset[str] = frozenset()
@@ -247,6 +257,33 @@ class BLPOConfig(PPOConfig):
         return self
 
     @override(PPOConfig)
+    def evaluation(
+        self,
+        *,
+        evaluation_one_episode_per_env: bool = NotProvided,
+        evaluation_seed: int = NotProvided,
+        **kwargs: Any,
+    ) -> Self:
+        """Sets the evaluation's configuration. Observations are normalised by the training's statistics.
+
+        Args:
+            evaluation_one_episode_per_env: Evaluate by one whole episode of each evaluation environment, always from
+                the same starts, in place of the ``evaluation_duration`` episodes that end first. How many those are is
+                up to ``evaluation_config={"num_envs_per_env_runner": ...}`` and ``evaluation_num_env_runners``.
+            evaluation_seed: Of their environments; the i-th takes ``evaluation_seed + i``.
+            **kwargs: RLlib's own arguments.
+
+        Returns:
+            This config.
+        """
+        super().evaluation(**kwargs)
+        if evaluation_one_episode_per_env is not NotProvided:
+            self.evaluation_one_episode_per_env = evaluation_one_episode_per_env
+        if evaluation_seed is not NotProvided:
+            self.evaluation_seed = evaluation_seed
+        return self
+
+    @override(PPOConfig)
     def get_default_rl_module_spec(self) -> RLModuleSpec:
         return RLModuleSpec(module_class=BLPOTorchRLModule)
 
@@ -344,6 +381,7 @@ class BLPOConfig(PPOConfig):
         self._choose_env_runner()
         self._validate_envpool()
         self._validate_learner_class()
+        self._validate_evaluation()
         for module_id, config in self._configs_by_module():
             try:
                 config._validate_settings()
@@ -429,6 +467,26 @@ class BLPOConfig(PPOConfig):
         """Batched sampling by default, where RLlib would take its single-agent EnvRunner."""
         if self.env_runner_cls in (None, BatchedEnvRunner):
             self.env_runner_cls = None if self.is_multi_agent or self.output else BatchedEnvRunner
+
+    def _validate_evaluation(self) -> None:
+        """``evaluation_one_episode_per_env`` goes through RLlib's place for an evaluation of one's own."""
+        function = self.custom_evaluation_function
+        if isinstance(function, OneEpisodeEach):
+            function = None
+        if self.evaluation_one_episode_per_env:
+            runner = self.env_runner_cls
+            if runner is None or not issubclass(runner, BatchedEnvRunner):
+                name = "RLlib's default" if runner is None else runner.__name__
+                self._value_error(
+                    f"evaluation_one_episode_per_env=True needs a single-agent BatchedEnvRunner, but the EnvRunner is "
+                    f"{name}: leave env_runner_cls, output and multi_agent() unset, or set evaluation_duration instead"
+                )
+            if function is not None:
+                self._value_error(
+                    f"evaluation_one_episode_per_env=True with custom_evaluation_function={function!r}: set one of them"
+                )
+            function = OneEpisodeEach(self.evaluation_seed)
+        object.__setattr__(self, "custom_evaluation_function", function)
 
     def _validate_envpool(self) -> None:
         task = envpool_task(self.env)
@@ -668,6 +726,23 @@ class BLPO(PPO):
         folder = Path(getattr(checkpoint, "path", checkpoint)).parent
         if not (self._resumed and folder == Path(self._storage.trial_fs_path)):
             super().restore(checkpoint_path)
+
+    @override(PPO)
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        # Without EnvRunners of its own the evaluation borrows the training's.
+        borrowed = self.env_runner if self.eval_env_runner_group is None else None
+        with kept_statistics(borrowed):
+            return super().evaluate(*args, **kwargs)
+
+    @override(PPO)
+    def _before_evaluate(self) -> None:
+        super()._before_evaluate()
+        if self.eval_env_runner_group is None:
+            return
+        # Beside a training iteration in another thread RLlib's own merge at its end has to do.
+        if not self.config.evaluation_parallel_to_training:
+            merge_training_statistics(self)
+        use_training_statistics(self)
 
     @override(PPO)
     def training_step(self) -> None:

@@ -38,10 +38,7 @@ once per iteration, standardises them over the batch, and shuffles single steps 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
-from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
@@ -49,7 +46,6 @@ from ray.rllib.connectors.env_to_module import MeanStdFilter
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.annotations import override
-from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN, EVALUATION_RESULTS
 from torch.nn.init import orthogonal_
 
 from blpo_rllib import BLPOConfig
@@ -58,6 +54,7 @@ from blpo_rllib.learning.connectors import normalize_rewards
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
 from blpo_rllib.sampling.env_runner import BatchedEnvRunner
 from blpo_rllib.sampling.envpool import PREFIX
+from blpo_rllib.sampling.evaluation import OneEpisodeEach
 from blpo_rllib.tasks import TASKS as TUNED_TASKS
 from blpo_rllib.tasks import as_ppo, mixed_minibatches, small_batches
 
@@ -269,7 +266,7 @@ def contestant(task: str, algorithm: str, seed: int, steps: int, simulator: str)
             evaluation_interval=10**9,
             evaluation_num_env_runners=0,
             evaluation_config={"explore": False, "num_envs_per_env_runner": EVALUATION_EPISODES},
-            custom_evaluation_function=evaluate,
+            custom_evaluation_function=OneEpisodeEach(EVALUATION_SEED),
         )
         .debugging(seed=seed, log_level="ERROR")
     )
@@ -281,30 +278,6 @@ def _end_schedules(config: AlgorithmConfig, steps: int) -> None:
         rate = getattr(config, name, None)
         if isinstance(rate, list) and rate[-1][1] == 0.0:
             setattr(config, name, [*rate[:-1], [steps, 0.0]])
-
-
-def evaluate(algorithm: Algorithm, group: Any) -> tuple[dict[str, Any], int, int]:
-    """Mean return over one episode of each evaluation environment, for RLlib's ``custom_evaluation_function``."""
-    runner = group.local_env_runner
-    _take_statistics(runner, algorithm.env_runner)
-    episodes = runner.sample_one_each(EVALUATION_SEED)
-    value = float(np.mean([episode.get_return() for episode in episodes]))
-    runner.metrics.log_value(EPISODE_RETURN_MEAN, value, window=1)
-    algorithm.metrics.aggregate([runner.metrics.reduce()], key=(EVALUATION_RESULTS, ENV_RUNNER_RESULTS))
-    steps = sum(map(len, episodes))
-    return {EPISODE_RETURN_MEAN: value}, steps, steps
-
-
-def _take_statistics(runner: BatchedEnvRunner, training: BatchedEnvRunner) -> None:
-    """Normalises an evaluation's observations as the training does, and leaves it at that.
-
-    RLlib brings statistics to remote evaluation EnvRunners only (ray/rllib/env/env_runner_group.py,
-    sync_env_runner_states). Before training there are none, and the evaluation goes by its own.
-    """
-    runner._env_to_module.set_state(training._env_to_module.get_state())
-    for connector in runner._env_to_module.connectors:
-        if isinstance(connector, MeanStdFilter):
-            connector._update_stats = all(x.running_stats.num_pushes == 0 for x in connector._filters.values())
 
 
 class PPOWithScaledRewards(PPOTorchLearner):

@@ -1,0 +1,105 @@
+"""Evaluations by the training's filter statistics, and of one episode of each environment."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import tree
+from ray.rllib.connectors.env_to_module import MeanStdFilter
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
+
+if TYPE_CHECKING:
+    from ray.rllib.algorithms.algorithm import Algorithm
+
+
+class OneEpisodeEach:
+    """One whole episode of each evaluation environment, from the same starts in each evaluation.
+
+    RLlib's ``evaluation_duration`` takes the episodes that end first, among which short ones are too many. For RLlib's
+    ``custom_evaluation_function``, of BLPO or PPO; BLPO's ``evaluation_one_episode_per_env=True`` sets it. It needs
+    :class:`~blpo_rllib.sampling.env_runner.BatchedEnvRunner`.
+
+    Args:
+        seed: Of the environments; the i-th of all takes ``seed + i``.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def __call__(self, algorithm: Algorithm, group: Any) -> tuple[dict[str, Any], int, int]:
+        if group is None:
+            raise ValueError(
+                "evaluation by one episode of each environment needs EnvRunners of its own: set evaluation_interval"
+            )
+        use_training_statistics(algorithm)
+        sample = functools.partial(_sample_one_each, seed=self.seed)
+        results = group.foreach_env_runner(sample, local_env_runner=group.num_remote_env_runners() == 0)
+        algorithm.metrics.aggregate([metrics for metrics, _ in results], key=(EVALUATION_RESULTS, ENV_RUNNER_RESULTS))
+        num_steps = sum(steps for _, steps in results)
+        return {}, num_steps, num_steps
+
+
+def _sample_one_each(runner: Any, seed: int) -> tuple[Any, int]:
+    """The metrics of an EnvRunner's episodes, and their steps."""
+    first = max(0, (runner.worker_index or 0) - 1) * runner.num_envs
+    episodes = runner.sample_one_each(seed + first, explore=runner.config.explore)
+    num_steps = sum(map(len, episodes))
+    runner._increase_sampled_metrics(num_steps, len(episodes))
+    runner._done_episodes_for_metrics.extend(episodes)
+    return runner.get_metrics(), num_steps
+
+
+def merge_training_statistics(algorithm: Algorithm) -> None:
+    """Brings together what the training's EnvRunners saw in this iteration, as RLlib does at its end."""
+    algorithm.env_runner_group.sync_env_runner_states(
+        config=algorithm.config,
+        env_steps_sampled=algorithm.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0),
+        env_to_module=algorithm.env_to_module_connector,
+        module_to_env=algorithm.module_to_env_connector,
+    )
+
+
+def use_training_statistics(algorithm: Algorithm) -> None:
+    """Makes the evaluation's EnvRunners normalise observations by the training's statistics, and leave them at that.
+
+    RLlib brings statistics to remote evaluation EnvRunners only (ray/rllib/env/env_runner_group.py,
+    sync_env_runner_states), which then go on with what they see. Before training there are none, and the evaluation
+    goes by its own.
+    """
+    pipeline = algorithm.env_to_module_connector
+    if algorithm.env_runner is not None:
+        pipeline = algorithm.env_runner._env_to_module
+    states = [connector.get_state() for connector in _filters(pipeline)]
+    if states:
+        algorithm.eval_env_runner_group.foreach_env_runner(functools.partial(_take_statistics, states=states))
+
+
+def _take_statistics(runner: Any, states: list[dict[str, Any]]) -> None:
+    for connector, state in zip(_filters(runner._env_to_module), states, strict=False):
+        connector.set_state(state)
+        connector._update_stats = not _has_seen_any(connector)
+
+
+@contextmanager
+def kept_statistics(runner: Any) -> Iterator[None]:
+    """Within this context an EnvRunner's statistics stay as they are, once there are any."""
+    filters = [x for x in _filters(getattr(runner, "_env_to_module", None)) if x._update_stats and _has_seen_any(x)]
+    for connector in filters:
+        connector._update_stats = False
+    try:
+        yield
+    finally:
+        for connector in filters:
+            connector._update_stats = True
+
+
+def _filters(pipeline: Any) -> list[MeanStdFilter]:
+    return [x for x in getattr(pipeline, "connectors", []) if isinstance(x, MeanStdFilter)]
+
+
+def _has_seen_any(connector: MeanStdFilter) -> bool:
+    filters = (connector._filters or {}).values()
+    return any(stat.num_pushes for each in filters for stat in tree.flatten(each.running_stats))
