@@ -32,6 +32,7 @@ from blpo_rllib.core.hypergradient import CORRECTION_SAMPLES, CROSS_REDUCTIONS
 from blpo_rllib.core.ihvp import IHVPSolver
 from blpo_rllib.learning.players import RLModulePlayers, check_module_class
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule, adapted
+from blpo_rllib.learning.separate import separated
 from blpo_rllib.sampling.env_runner import BatchedEnvRunner
 from blpo_rllib.sampling.envpool import check_task, envpool_task
 from blpo_rllib.sampling.evaluation import (
@@ -113,6 +114,7 @@ class BLPOConfig(PPOConfig):
         self.nystrom_damping = 50.0
         self.native_kernels = True
         self.cuda_graphs = True
+        self.separate_shared_trunk = False
         # Deprecated; None: not set.
         for name in solver_settings.OLD_FIELDS:
             setattr(self, name, None)
@@ -191,6 +193,7 @@ class BLPOConfig(PPOConfig):
         nystrom_damping: float = NotProvided,
         native_kernels: bool = NotProvided,
         cuda_graphs: bool = NotProvided,
+        separate_shared_trunk: bool = NotProvided,
         **kwargs: Any,
     ) -> Self:
         """Sets the training related configuration.
@@ -242,6 +245,8 @@ class BLPOConfig(PPOConfig):
                 one: a warning, and torch operations instead).
             cuda_graphs: On a GPU, record the work of a minibatch as a CUDA graph, and replay it for the others. Where
                 that fails: a warning, and kernel by kernel.
+            separate_shared_trunk: Make two copies of RLModules of one's own, whose policy and value function share
+                parameters: one acts and the other gives values.
             **kwargs: PPO's and RLlib's own arguments. ``minibatch_size`` counts steps and should be a multiple of the
                 segment length. :mod:`blpo_rllib.ppo_settings` says what becomes of each.
 
@@ -301,15 +306,18 @@ class BLPOConfig(PPOConfig):
     @override(PPOConfig)
     def get_rl_module_spec(self, *args: Any, **kwargs: Any) -> RLModuleSpec:
         spec = super().get_rl_module_spec(*args, **kwargs)
-        spec.model_config = adapted(spec.model_config, spec.action_space)
-        return spec
+        return self._adapted(spec)
 
     @override(PPOConfig)
     def get_multi_rl_module_spec(self, **kwargs: Any) -> MultiRLModuleSpec:
         multi_spec = super().get_multi_rl_module_spec(**kwargs)
         for spec in multi_spec.rl_module_specs.values():
-            spec.model_config = adapted(spec.model_config, spec.action_space)
+            self._adapted(spec)
         return multi_spec
+
+    def _adapted(self, spec: RLModuleSpec) -> RLModuleSpec:
+        spec.model_config = adapted(spec._get_model_config(), spec.action_space)
+        return separated(spec) if self.separate_shared_trunk else spec
 
     @override(PPOConfig)
     def get_config_for_module(self, module_id: str) -> Self:
@@ -519,7 +527,7 @@ class BLPOConfig(PPOConfig):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or value <= 0):
                 self._value_error(f"{name}={value!r} must be a number > 0, or None for none")
-        for name in ("native_kernels", "cuda_graphs"):
+        for name in ("native_kernels", "cuda_graphs", "separate_shared_trunk"):
             if not isinstance(getattr(self, name), bool):
                 self._value_error(f"{name}={getattr(self, name)!r} must be True or False")
         for name in ("hypergradient_bound", "cross_clip_param"):
@@ -643,13 +651,14 @@ class BLPOConfig(PPOConfig):
         if observation_space is None or action_space is None:
             return
         own = {} if spec.model_config is None else rllib_private.full_model_config(spec)
-        module = RLModuleSpec(
+        complete = RLModuleSpec(
             module_class=spec.module_class or BLPOTorchRLModule,
             observation_space=observation_space,
             action_space=action_space,
-            model_config=adapted(self.model_config | own, action_space),
+            model_config=self.model_config | own,
             catalog_class=spec.catalog_class,
-        ).build()
+        )
+        module = self._adapted(complete).build()
         players = RLModulePlayers(module, module_id)
         if solver is not None:
             solver.check_size(sum(p.numel() for p in players.critic_parameters))

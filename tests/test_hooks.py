@@ -7,6 +7,7 @@ import torch
 from episodes import OBS_SIZE, episode, mixed_episodes
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
 from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.apis import ValueFunctionAPI
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch import TorchRLModule
@@ -152,7 +153,8 @@ class TestDirections:
     def test_of_each_step_of_each_player(self):
         learner = built(config(Recording, num_critic_updates=3))
         update(learner, 64)
-        num_minibatches = 5
+        num_steps = sum(map(len, mixed_episodes(np.random.default_rng(0))))
+        num_minibatches = learner._plan_segments({MODULE: num_steps}, 64)[MODULE].num_minibatches
         critic, actor = (
             set(learner.get_optimizer(MODULE, name).param_groups[0]["params"])
             for name in (CRITIC_OPTIMIZER, ACTOR_OPTIMIZER)
@@ -313,6 +315,48 @@ def test_rllibs_default_module(action_space, base):
         assert moved(learner, before) == before.keys()
     box = config(action_space=gym.spaces.Box(-1, 1, (2,), np.float32)).rl_module(rl_module_spec=RLModuleSpec(base))
     assert built(box).module[MODULE].model_config["free_log_std"]
+
+
+class SharedTrunk(TorchRLModule, ValueFunctionAPI):
+    """Policy and values on one layer."""
+
+    def setup(self):
+        self.trunk = torch.nn.Linear(OBS_SIZE, self.model_config.get("size", 6))
+        self.policy, self.values = torch.nn.Linear(6, 2), torch.nn.Linear(6, 1)
+
+    def _forward(self, batch, **kwargs):
+        return {Columns.ACTION_DIST_INPUTS: self.policy(torch.tanh(self.trunk(batch[Columns.OBS])))}
+
+    def compute_values(self, batch, embeddings=None):
+        return self.values(torch.tanh(self.trunk(batch[Columns.OBS])))[..., 0]
+
+
+class TestSharedTrunk:
+    def test_is_refused_with_what_to_do(self):
+        c = config().rl_module(rl_module_spec=RLModuleSpec(SharedTrunk))
+        with pytest.raises(ValueError, match=r"shares 2 parameters.*trunk.*separate_shared_trunk=True in config.train"):
+            c.validate()
+
+    def test_two_copies(self):
+        c = config(separate_shared_trunk=True).rl_module(rl_module_spec=RLModuleSpec(SharedTrunk))
+        learner = built(c)
+        before = weights(learner)
+        for name in ("trunk", "policy", "values"):
+            assert torch.equal(before[f"actor.{name}.weight"], before[f"critic.{name}.weight"])
+        update(learner, 64)
+        idle = {f"{owner}.{kind}" for owner in ("actor.values", "critic.policy") for kind in ("weight", "bias")}
+        assert moved(learner, before) == before.keys() - idle
+        # The module on an EnvRunner takes the learner's weights and acts as the actor does.
+        runner_module = c.get_rl_module_spec(inference_only=True).build()
+        runner_module.set_state(learner.module[MODULE].get_state(inference_only=True))
+        obs = torch.randn(5, OBS_SIZE)
+        found = runner_module.forward_exploration({Columns.OBS: obs})[Columns.ACTION_DIST_INPUTS]
+        actor = learner.module[MODULE].actor
+        torch.testing.assert_close(found, actor.policy(torch.tanh(actor.trunk(obs))).detach())
+
+    def test_other_modules_stay_one(self):
+        learner = built(config(separate_shared_trunk=True))
+        assert type(learner.module[MODULE]).__name__ == "BLPOTorchRLModule"
 
 
 class TestOrderOfCalls:
