@@ -34,7 +34,7 @@ from blpo_rllib.learning.players import RLModulePlayers, check_module_class
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule, adapted
 from blpo_rllib.learning.separate import separated
 from blpo_rllib.sampling.env_runner import BatchedEnvRunner
-from blpo_rllib.sampling.envpool import check_task, envpool_task
+from blpo_rllib.sampling.envpool import PREFIX, check_task, envpool_task
 from blpo_rllib.sampling.evaluation import (
     OneEpisodeEach,
     kept_statistics,
@@ -498,6 +498,8 @@ class BLPOConfig(PPOConfig):
 
     def _validate_envpool(self) -> None:
         task = envpool_task(self.env)
+        if task is None and isinstance(self.env, str) and self.env.lower().startswith(PREFIX.lower()):
+            self._value_error(f"env={self.env!r}: did you mean {PREFIX + self.env[len(PREFIX) :]!r}?")
         if task is None:
             return
         if self.env_runner_cls is None or not issubclass(self.env_runner_cls, BatchedEnvRunner):

@@ -204,8 +204,10 @@ def test_other_algorithms_and_rllibs_own_runner_can_use_it():
 @pytest.mark.parametrize(
     ("c", "message"),
     [
-        (config("EnvPool/CartPole-v7"), "EnvPool .* has no task 'CartPole-v7'; it has CartPole-v0, CartPole-v1"),
-        (config("EnvPool/Nowhere-v0"), "list_all_envs.*env='Nowhere-v0' uses gymnasium"),
+        (config("EnvPool/CartPole-v7"), "EnvPool .* has no task 'CartPole-v7'; it has CartPole-v0, CartPole-v1."),
+        (config("EnvPool/CartPoel-v1"), "has no task 'CartPoel-v1'; did you mean CartPole-v1.*go without 'EnvPool/'"),
+        (config("envpool/CartPole-v1"), "env='envpool/CartPole-v1': did you mean 'EnvPool/CartPole-v1'"),
+        (config("EnvPool/Nowhere-v0"), "list_all_envs.*Tasks of gymnasium's go without 'EnvPool/'"),
         (config(gravity=3), r"env_config\['gravity'\]=3 is not an option.*max_episode_steps"),
         (config(seed=3), r"env_config\['seed'\]=3 is not an option"),
         (config().env_runners(env_runner_cls=SingleAgentEnvRunner), "SingleAgentEnvRunner: leave env_runner_cls"),

@@ -331,6 +331,16 @@ class SharedTrunk(TorchRLModule, ValueFunctionAPI):
         return self.values(torch.tanh(self.trunk(batch[Columns.OBS])))[..., 0]
 
 
+def test_nan_weights():
+    class Broken(DefaultPPOTorchRLModule):
+        def setup(self):
+            super().setup()
+            self.vf.net.mlp[0].bias.data[:] = float("nan")
+
+    with pytest.raises(ValueError, match=r"\(Broken\) has NaN or infinite weights before training: vf.net.mlp.0.bias"):
+        config().rl_module(rl_module_spec=RLModuleSpec(Broken)).build_learner()
+
+
 class TestSharedTrunk:
     def test_is_refused_with_what_to_do(self):
         c = config().rl_module(rl_module_spec=RLModuleSpec(SharedTrunk))

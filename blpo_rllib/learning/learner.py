@@ -139,6 +139,11 @@ class BLPOTorchLearner(PPOTorchLearner):
         if not isinstance(module, ValueFunctionAPI):
             self._configure_without_values(module_id, module, config)
             return
+        if broken := [name for name, p in module.named_parameters() if not torch.isfinite(p).all()]:
+            raise ValueError(
+                f"module {module_id!r} ({type(module).__name__}) has NaN or infinite weights before training: "
+                f"{', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}. Look at how they are initialised"
+            )
         players = RLModulePlayers(module, module_id, kernels=self.kernels)
         solver = copy.deepcopy(config.get_ihvp_solver())
         if solver is not None:
@@ -436,7 +441,10 @@ class BLPOTorchLearner(PPOTorchLearner):
             metrics = self._bilevel_updates[module_id].run(part.segments, part.num_minibatches, settings, part.rollouts)
             if any(metrics[name] for name in Counts._fields):
                 logger.warning(
-                    "module %r met non-finite numbers in this update, which were left out: %s", module_id, metrics
+                    "module %r: steps were left out of this update for non-finite numbers (%s), and weights stayed as they "
+                    "were; NaN or infinite rewards or observations and high learning rates are the usual causes",
+                    module_id,
+                    ", ".join(f"{name}={metrics[name]:g}" for name in Counts._fields),
                 )
             losses[module_id] = _total_loss(metrics, settings.leader)
             # PPO's names: the critic's loss is never clipped, and without a penalty its coefficient is 0.

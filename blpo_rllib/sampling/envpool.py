@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from difflib import get_close_matches
 from typing import Any
 
 import gymnasium as gym
@@ -44,11 +45,18 @@ def check_task(task: str, options: dict[str, Any]) -> Any:
     """
     envpool = _import_envpool()
     if task not in envpool.list_all_envs():
-        similar = sorted(t for t in envpool.list_all_envs() if t.split("-")[0].lower() == task.split("-")[0].lower())
-        hint = f"it has {', '.join(similar)}" if similar else "envpool.list_all_envs() names those it has"
+        tasks = envpool.list_all_envs()
+        similar = sorted(t for t in tasks if t.split("-")[0].lower() == task.split("-")[0].lower())
+        close = get_close_matches(task, tasks, n=3)
+        if similar:
+            hint = f"it has {', '.join(similar)}."
+        elif close:
+            hint = f"did you mean {', '.join(close)}?"
+        else:
+            hint = "envpool.list_all_envs() names those it has."
         raise ValueError(
-            f"env={PREFIX + task!r}: EnvPool {envpool.__version__} has no task {task!r}; {hint}. "
-            f"env={task!r} uses gymnasium instead"
+            f"env={PREFIX + task!r}: EnvPool {envpool.__version__} has no task {task!r}; {hint} "
+            f"Tasks of gymnasium's go without {PREFIX!r}"
         )
     known = envpool.make_spec(task).config._asdict()
     for name in options:
