@@ -73,6 +73,8 @@ class BLPOConfig(PPOConfig):
     nystrom_rank: int
     nystrom_damping: float
     env_runner_cls: type | None
+    # Names of the settings that somebody has set since the config was made, by whatever way.
+    set_by_user: frozenset[str] = frozenset()
 
     def __init__(self, algo_class: type[Algorithm] | None = None):
         super().__init__(algo_class=algo_class or BLPO)
@@ -123,8 +125,8 @@ class BLPOConfig(PPOConfig):
         self.evaluation_one_episode_per_env = False
         self.evaluation_seed = 0
 
-        # Names of the settings that somebody has set since, by whatever way.
-        self.set_by_user: frozenset[str] = frozenset()
+        # From here on they count.
+        self.set_by_user = frozenset()
 
     @override(PPOConfig)
     def __setattr__(self, key: str, value: Any) -> None:

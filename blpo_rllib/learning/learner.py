@@ -441,8 +441,8 @@ class BLPOTorchLearner(PPOTorchLearner):
             metrics = self._bilevel_updates[module_id].run(part.segments, part.num_minibatches, settings, part.rollouts)
             if any(metrics[name] for name in Counts._fields):
                 logger.warning(
-                    "module %r: steps were left out of this update for non-finite numbers (%s), and weights stayed as they "
-                    "were; NaN or infinite rewards or observations and high learning rates are the usual causes",
+                    "module %r: steps were left out of this update for non-finite numbers (%s), and weights stayed as "
+                    "they were; NaN or infinite rewards or observations and high learning rates are the usual causes",
                     module_id,
                     ", ".join(f"{name}={metrics[name]:g}" for name in Counts._fields),
                 )
