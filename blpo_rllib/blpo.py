@@ -318,7 +318,7 @@ class BLPOConfig(PPOConfig):
         return multi_spec
 
     def _adapted(self, spec: RLModuleSpec) -> RLModuleSpec:
-        spec.model_config = adapted(spec._get_model_config(), spec.action_space)
+        spec.model_config = adapted(rllib_private.full_model_config(spec), spec.action_space)
         return separated(spec) if self.separate_shared_trunk else spec
 
     @override(PPOConfig)

@@ -25,9 +25,13 @@ __all__ = [
     "NAMES",
     "PrivateName",
     "TrainingResult",
+    "all_filters",
+    "count_episodes",
+    "env_to_module_pipeline",
     "freeze",
     "full_model_config",
     "is_multi_agent",
+    "is_updating",
     "learner_actors",
     "local_learner",
     "lr_scheduler_makers",
@@ -35,6 +39,7 @@ __all__ = [
     "on_current_node",
     "registered_env",
     "running_filter",
+    "set_updating",
     "take_older_weights",
     "wandb_queue_items",
 ]
@@ -181,6 +186,32 @@ def lr_scheduler_makers(config: Any) -> Any:
 def freeze(connector: MeanStdFilter) -> None:
     """Lets a filter's statistics stand still."""
     connector._update_stats = False
+
+
+def set_updating(connector: MeanStdFilter, updating: bool) -> None:
+    """Whether observations change a filter's statistics."""
+    connector._update_stats = updating
+
+
+def is_updating(connector: MeanStdFilter) -> bool:
+    """Whether observations change a filter's statistics."""
+    return connector._update_stats
+
+
+def all_filters(connector: MeanStdFilter) -> list[Any]:
+    """The statistics of a filter, of each agent; none before the first observation."""
+    return list((connector._filters or {}).values())
+
+
+def env_to_module_pipeline(runner: Any) -> Any:
+    """An EnvRunner's connectors from environments to the module; None if it has none."""
+    return getattr(runner, "_env_to_module", None)
+
+
+def count_episodes(runner: Any, episodes: list[Any]) -> None:
+    """Adds whole episodes to what an EnvRunner's metrics report."""
+    runner._increase_sampled_metrics(sum(map(len, episodes)), len(episodes))
+    runner._done_episodes_for_metrics.extend(episodes)
 
 
 def is_multi_agent(connector: MeanStdFilter) -> bool:

@@ -31,6 +31,7 @@ from blpo_rllib.core.graphs import CudaGraphs
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss
 from blpo_rllib.core.minibatch import Counts, UpdateSettings
 from blpo_rllib.core.native import Kernels
+from blpo_rllib.core.networks import flatten
 from blpo_rllib.core.reduction import AllReduce, Reduction
 from blpo_rllib.core.segments import SegmentBatch, SegmentPlan
 from blpo_rllib.core.update import BilevelUpdate
@@ -275,7 +276,7 @@ class BLPOTorchLearner(PPOTorchLearner):
         if config.log_gradients:
             for name, optimizer in self.get_optimizers_for_module(module_id):
                 if own := self.filter_param_dict_for_optimizer(module_gradients_dict, optimizer):
-                    norm = self._get_global_norm_function()(list(own.values()))
+                    norm = torch.linalg.vector_norm(flatten(list(own.values())))
                     self.metrics.log_value((module_id, f"gradients_{name}_global_norm"), norm, window=1)
         return module_gradients_dict
 

@@ -11,6 +11,7 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.utils.annotations import override
 from torch import Tensor
 
+from blpo_rllib import rllib_private
 from blpo_rllib.learning.rl_module import BLPOTorchRLModule
 
 # Entries of the model config, beside those of the module that is copied.
@@ -77,7 +78,7 @@ def separated(spec: RLModuleSpec) -> RLModuleSpec:
     if is_own or not issubclass(module_class, ValueFunctionAPI):
         return spec
     spec.model_config = {
-        **spec._get_model_config(),
+        **rllib_private.full_model_config(spec),
         _CLASS: module_class,
         _CATALOG_CLASS: spec.catalog_class,
     }

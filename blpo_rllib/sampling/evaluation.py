@@ -11,6 +11,8 @@ import tree
 from ray.rllib.connectors.env_to_module import MeanStdFilter
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 
+from blpo_rllib import rllib_private
+
 if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm import Algorithm
 
@@ -46,10 +48,8 @@ def _sample_one_each(runner: Any, seed: int) -> tuple[Any, int]:
     """The metrics of an EnvRunner's episodes, and their steps."""
     first = max(0, (runner.worker_index or 0) - 1) * runner.num_envs
     episodes = runner.sample_one_each(seed + first, explore=runner.config.explore)
-    num_steps = sum(map(len, episodes))
-    runner._increase_sampled_metrics(num_steps, len(episodes))
-    runner._done_episodes_for_metrics.extend(episodes)
-    return runner.get_metrics(), num_steps
+    rllib_private.count_episodes(runner, episodes)
+    return runner.get_metrics(), sum(map(len, episodes))
 
 
 def merge_training_statistics(algorithm: Algorithm) -> None:
@@ -71,29 +71,33 @@ def use_training_statistics(algorithm: Algorithm) -> None:
     """
     pipeline = algorithm.env_to_module_connector
     if algorithm.env_runner is not None:
-        pipeline = algorithm.env_runner._env_to_module
+        pipeline = rllib_private.env_to_module_pipeline(algorithm.env_runner)
     states = [connector.get_state() for connector in _filters(pipeline)]
     if states:
         algorithm.eval_env_runner_group.foreach_env_runner(functools.partial(_take_statistics, states=states))
 
 
 def _take_statistics(runner: Any, states: list[dict[str, Any]]) -> None:
-    for connector, state in zip(_filters(runner._env_to_module), states, strict=False):
+    for connector, state in zip(_filters(rllib_private.env_to_module_pipeline(runner)), states, strict=False):
         connector.set_state(state)
-        connector._update_stats = not _has_seen_any(connector)
+        rllib_private.set_updating(connector, not _has_seen_any(connector))
 
 
 @contextmanager
 def kept_statistics(runner: Any) -> Iterator[None]:
     """Within this context an EnvRunner's statistics stay as they are, once there are any."""
-    filters = [x for x in _filters(getattr(runner, "_env_to_module", None)) if x._update_stats and _has_seen_any(x)]
+    filters = [
+        connector
+        for connector in _filters(rllib_private.env_to_module_pipeline(runner))
+        if rllib_private.is_updating(connector) and _has_seen_any(connector)
+    ]
     for connector in filters:
-        connector._update_stats = False
+        rllib_private.set_updating(connector, False)
     try:
         yield
     finally:
         for connector in filters:
-            connector._update_stats = True
+            rllib_private.set_updating(connector, True)
 
 
 def _filters(pipeline: Any) -> list[MeanStdFilter]:
@@ -101,5 +105,5 @@ def _filters(pipeline: Any) -> list[MeanStdFilter]:
 
 
 def _has_seen_any(connector: MeanStdFilter) -> bool:
-    filters = (connector._filters or {}).values()
-    return any(stat.num_pushes for each in filters for stat in tree.flatten(each.running_stats))
+    found = rllib_private.all_filters(connector)
+    return any(stat.num_pushes for each in found for stat in tree.flatten(each.running_stats))
