@@ -45,13 +45,20 @@ SUCCESS = 350.0
 EPISODES = 50
 
 
+def falling(rate: float) -> list[list[float]]:
+    """A rate that falls to a tenth over a whole run."""
+    return [[0, rate], [300_000, 0.1 * rate]]
+
+
 def config(algorithm: str, seed: int) -> PPOConfig:
     """The settings of one run."""
     register_env(ENV, lambda _: gym.wrappers.TimeLimit(StatelessCartPole(), 500))
     if algorithm == "blpo":
-        base: PPOConfig = BLPOConfig().training(actor_lr=1e-3, critic_lr=3e-3, target_kl=0.02, **BATCHES)
+        base: PPOConfig = BLPOConfig().training(
+            actor_lr=falling(1e-3), critic_lr=falling(3e-3), target_kl=0.02, **BATCHES
+        )
     else:
-        base = PPOConfig().training(lr=1e-3, vf_clip_param=np.inf, **BATCHES)
+        base = PPOConfig().training(lr=falling(1e-3), vf_clip_param=np.inf, **BATCHES)
     return (
         base.environment(ENV)
         .env_runners(num_env_runners=0, num_envs_per_env_runner=8, env_runner_cls=BatchedEnvRunner)
