@@ -18,7 +18,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 # The distributions whose names differ from those of their modules.
 DISTRIBUTIONS = {"tree": "dm-tree", "yaml": "pyyaml", "griffe": "griffelib", "Box2D": "box2d", "PIL": "pillow"}
 # Clients that tests of cluster files use where they happen to be there, and skip otherwise.
-OPTIONAL = {"botocore"}
+OPTIONAL = {"jax", "botocore"}
 
 
 def names(requirements):
