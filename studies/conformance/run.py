@@ -37,7 +37,7 @@ from studies.conformance.scripts import Script, scripts
 RESULTS = Path(__file__).parent / "results" / "conformance.json"
 PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-TIME_LIMIT_S = 1200.0
+TIME_LIMIT_S = 600.0
 
 
 @dataclass(frozen=True)

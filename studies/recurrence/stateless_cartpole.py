@@ -25,9 +25,9 @@ from ray.rllib.examples.envs.classes.stateless_cartpole import StatelessCartPole
 from ray.tune.registry import register_env
 
 from blpo_rllib import BLPOConfig
+from blpo_rllib.experiments.learning_curve import Row, row
 from blpo_rllib.experiments.provenance import provenance
 from blpo_rllib.sampling.env_runner import BatchedEnvRunner
-from blpo_rllib.train import recent_return, row
 
 OUTPUT = Path(__file__).parent / "results"
 ENV = "stateless_cartpole"
@@ -67,14 +67,23 @@ def config(algorithm: str, seed: int) -> PPOConfig:
     )
 
 
+def recent_return(rows: list[Row]) -> float:
+    """Mean return of the iterations that hold the latest :data:`EPISODES` episodes."""
+    ended = [each for each in rows if each["episodes"]]
+    counts = np.cumsum([each["episodes"] for each in reversed(ended)])
+    latest = ended[::-1][: int(np.searchsorted(counts, EPISODES)) + 1]
+    weights = [each["episodes"] for each in latest]
+    return float(np.average([each["return"] for each in latest], weights=weights)) if latest else float("nan")
+
+
 def run(algorithm: str, seed: int, stop_timesteps: int, stop_reward: float) -> dict[str, Any]:
     """One run; its curve, steps and mean return of the last episodes after each iteration, is printed as it grows."""
     algo = config(algorithm, seed).build_algo()
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     points: list[tuple[int, float]] = []
     while not points or (points[-1][0] < stop_timesteps and not points[-1][1] >= stop_reward):
-        rows.append(row(algo.train(), 0.0))
-        points.append((rows[-1]["env_steps"], round(recent_return(rows, EPISODES), 1)))
+        rows.append(row(algo.train()))
+        points.append((rows[-1]["env_steps"], round(recent_return(rows), 1)))
         if len(rows) % 5 == 0:
             print(f"{algorithm} seed {seed}: {points[-1][0]:>7,} steps, return {points[-1][1]:.0f}", flush=True)
     algo.stop()
