@@ -90,6 +90,17 @@ def run(algorithm: str, seed: int, stop_timesteps: int, stop_reward: float) -> d
     return {"algorithm": algorithm, "seed": seed, "curve": points, "provenance": provenance()}
 
 
+def recent_return(rows: list[Row]) -> float:
+    """Mean return of about the last :data:`EPISODES` episodes; NaN before one has ended."""
+    returns: list[float] = []
+    for each in reversed(rows):
+        if each["episodes"] and np.isfinite(each["return"]):
+            returns += [each["return"]] * each["episodes"]
+        if len(returns) >= EPISODES:
+            break
+    return float(np.mean(returns)) if returns else float("nan")
+
+
 def table(runs: list[dict[str, Any]]) -> str:
     """When each run first reached :data:`SUCCESS`, its best mean return, and where it ended."""
     lines = [
