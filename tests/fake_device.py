@@ -1,8 +1,9 @@
 """A device without hardware, which shows what an accelerator would be asked to do.
 
 Tensors on it have a shape, a type and a device, but no numbers (torch's ``FakeTensorMode`` on torch's own Python-only
-device, for which autograd works). Operations that mix devices raise. A dispatch mode keeps the books: kernels, copies
-between host and device, reads of numbers by the host, and bytes in use. It cannot see what waits inside a kernel.
+device, for which autograd works). Operations that mix devices raise, and so do those whose result has a size that only
+the device knows. A dispatch mode keeps the books: kernels, copies between host and device, reads of numbers by the
+host, and bytes in use. It cannot see what waits inside a kernel.
 """
 
 from __future__ import annotations
@@ -33,8 +34,6 @@ _FREE = {
     *("split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "_unsafe_view"),
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
 }
-# Operations whose result has a size that only the device knows: the host waits for it.
-_SIZED_BY_DATA = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
 
 
 class FakeDevice(TorchDispatchMode):
@@ -90,8 +89,6 @@ class FakeDevice(TorchDispatchMode):
         copies = name in ("_to_copy", "copy_") and inputs[-1].device != outputs[0].device
         if copies:
             (self.uploads if outputs[0].device.type == NAME else self.downloads)[_line()] += 1
-        if name in _SIZED_BY_DATA or (name.startswith("index") and any(x.dtype == torch.bool for x in inputs[1:2])):
-            self.reads[_line()] += 1
         if name not in _FREE:
             self.kernels[name] += 1
         for x in outputs:
