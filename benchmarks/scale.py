@@ -98,14 +98,14 @@ def large_product(rank: int, device: str) -> dict[str, float]:
     obs = torch.randn(LARGE_STEPS, LARGE[0], device=device)
     v = torch.randn(mlp.num_parameters, device=device)
     solver = Nystrom(rank)
-    columns = mlp.columns(solver.draw(len(v), np.random.default_rng(0)))
+    coordinates = mlp.coordinates(solver.draw(len(v), np.random.default_rng(0)))
     kernels = native.load() if device == "cpu" else None
 
     def solve() -> None:
         critic = critic_pass(mlp, obs, kernels)
         loss = CriticLoss(critic, torch.zeros_like(critic.values), torch.full_like(critic.values, 1 / LARGE_STEPS))
         hessian = Hessian(loss, Reduction())
-        solver.solve(hessian, v, columns, solver.local_terms(hessian, columns))
+        solver.solve(hessian, v, coordinates, solver.local_terms(hessian, coordinates))
         if device == "cuda":
             torch.cuda.synchronize()
 

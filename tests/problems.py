@@ -69,8 +69,8 @@ class SmallPlayers(Players):
     def replayable(self):
         return self.by_hand
 
-    def columns(self, indices):
-        return MLP.of([self.critic_network]).columns(indices) if self.by_hand else super().columns(indices)
+    def coordinates(self, indices):
+        return MLP.of([self.critic_network]).coordinates(indices) if self.by_hand else super().coordinates(indices)
 
     def critic(self, obs):
         if self.by_hand:

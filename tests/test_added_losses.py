@@ -51,7 +51,7 @@ def problem(by_hand):
     return players, batch, loss
 
 
-def found(players, batch, loss, solver, curvature, added, columns, cross_reduction="mean"):
+def found(players, batch, loss, solver, curvature, added, coordinates, cross_reduction="mean"):
     return hypergradient(
         actor=players.actor(flat_obs(batch.segments), batch.actions, batch.old_dist_inputs),
         loss=loss,
@@ -60,7 +60,7 @@ def found(players, batch, loss, solver, curvature, added, columns, cross_reducti
         correction=Correction(1.0, None, cross_reduction),
         solver=solver,
         curvature=curvature,
-        columns=columns,
+        coordinates=coordinates,
         reduction=NONE,
         added=added,
     )
@@ -75,9 +75,11 @@ def test_hypergradient_of_the_sums(by_hand, cross_reduction, curvature_class):
     terms = AddedTerms.of(added, batch, players)
     rho, solver = 0.3, Exact(0.3)
     plain = curvature_class(loss, NONE)
-    columns = players.columns(np.arange(plain.size))
-    without = found(players, batch, loss, solver, plain, None, columns, cross_reduction)
-    result = found(players, batch, loss, solver, AddedCurvature(plain, terms, NONE), terms, columns, cross_reduction)
+    coordinates = players.coordinates(np.arange(plain.size))
+    without = found(players, batch, loss, solver, plain, None, coordinates, cross_reduction)
+    result = found(
+        players, batch, loss, solver, AddedCurvature(plain, terms, NONE), terms, coordinates, cross_reduction
+    )
     theta, w = (x.detach() for x in added.vectors())
     close = lambda x, y: torch.testing.assert_close(x, y, rtol=1e-7, atol=1e-8)
     close(result.grad_actor, without.grad_actor + added.a + added.d * theta + added.F @ w)
@@ -89,7 +91,7 @@ def test_hypergradient_of_the_sums(by_hand, cross_reduction, curvature_class):
     close(result.ihvp, x)
     weight = batch.segments.step.sum() if cross_reduction == "sum" else 1.0
     # The cross term is linear in x.
-    unadded = found(players, batch, loss, Fixed(x), plain, None, columns, cross_reduction).mixed_product
+    unadded = found(players, batch, loss, Fixed(x), plain, None, coordinates, cross_reduction).mixed_product
     close(result.mixed_product, unadded + weight * (added.A + added.F) @ x)
     close(terms.follower_gradient(), added.B @ w + added.A.T @ theta + added.e * w + added.F.T @ theta)
 
@@ -101,7 +103,7 @@ class Fixed(Exact):
         super().__init__(0.0)
         self.x = x
 
-    def solve(self, curvature, v, columns, terms):
+    def solve(self, curvature, v, coordinates, terms):
         return self.x
 
 
@@ -109,12 +111,12 @@ def test_rows():
     players, batch, loss = problem(by_hand=True)
     added = Polynomials(players)
     curvature = AddedCurvature(Hessian(loss, NONE), AddedTerms.of(added, batch, players), NONE)
-    columns = players.columns(np.array([3, 0, 11]))
+    coordinates = players.coordinates(np.array([3, 0, 11]))
     expected = torch.stack([curvature.matvec(unit) for unit in torch.eye(curvature.size, dtype=FLOAT64)[[3, 0, 11]]])
-    torch.testing.assert_close(curvature.rows(columns), expected)
+    torch.testing.assert_close(curvature.rows(coordinates), expected)
     # With all rows Nyström's formula is exact.
     solver = Nystrom(curvature.size, 0.7, 0.0)
-    everything = players.columns(solver.draw(curvature.size, np.random.default_rng(0)))
+    everything = players.coordinates(solver.draw(curvature.size, np.random.default_rng(0)))
     v = torch.randn(curvature.size, dtype=FLOAT64)
     x = solver.solve(curvature, v, everything, solver.local_terms(curvature, everything))
     torch.testing.assert_close(curvature.matvec(x) + 0.7 * x, v, rtol=1e-6, atol=1e-6)

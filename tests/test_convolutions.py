@@ -69,7 +69,7 @@ def test_hypergradient_is_that_of_finite_differences(problem):
         correction=correction,
         solver=solver,
         curvature=Hessian(loss, NONE),
-        columns=players.columns(solver.draw(len(w), np.random.default_rng(0))),
+        coordinates=players.coordinates(solver.draw(len(w), np.random.default_rng(0))),
         reduction=NONE,
     )
 
@@ -103,12 +103,12 @@ def test_rows_of_all_layers(problem, batched):
     hessian = differences(lambda w: loss_gradient(players, batch, loss, w), w)
     size = loss.critic.num_parameters
     picked = np.random.default_rng(1).permutation(size)[:20]
-    columns = players.columns(picked)
-    check(Hessian(loss, NONE).rows(columns), hessian[picked], rtol=1e-6)
-    everything = players.columns(np.arange(size))
+    coordinates = players.coordinates(picked)
+    check(Hessian(loss, NONE).rows(coordinates), hessian[picked], rtol=1e-6)
+    everything = players.coordinates(np.arange(size))
     jacobian = loss.critic.jacobian_columns(everything).T
     dense = jacobian.T @ (2 * loss.weights[:, None] * jacobian)
-    check(GaussNewton(loss, NONE).rows(columns), dense[picked])
+    check(GaussNewton(loss, NONE).rows(coordinates), dense[picked])
     x = torch.randn(size, dtype=FLOAT64)
     check(loss.critic.jvp(x), jacobian @ x)
     check(loss.critic.vjp(loss.weights), jacobian.T @ loss.weights)

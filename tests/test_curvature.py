@@ -38,33 +38,33 @@ def check(actual, expected):
 def test_hessian_rows_and_products(problem):
     players, _, loss, hessian, _ = problem
     curvature = Hessian(loss, Reduction())
-    x, columns = torch.randn(curvature.size, dtype=FLOAT64), np.array([0, 3, 11, 17, curvature.size - 1])
+    x, coordinates = torch.randn(curvature.size, dtype=FLOAT64), np.array([0, 3, 11, 17, curvature.size - 1])
     assert torch.linalg.eigvalsh(hessian).min() < 0, "an indefinite Hessian is the case of interest"
     check(curvature.matvec(x), hessian @ x)
-    check(curvature.rows(players.columns(columns)), hessian[columns])
+    check(curvature.rows(players.coordinates(coordinates)), hessian[coordinates])
 
 
 def test_gauss_newton_is_the_semidefinite_part(problem):
     players, _, loss, _, jacobian = problem
     dense = jacobian.T @ (2 * loss.weights[:, None] * jacobian)
     curvature = GaussNewton(loss, Reduction())
-    x, columns = torch.randn(curvature.size, dtype=FLOAT64), np.array([2, 5, 19])
+    x, coordinates = torch.randn(curvature.size, dtype=FLOAT64), np.array([2, 5, 19])
     check(curvature.matvec(x), dense @ x)
-    check(curvature.rows(players.columns(columns)), dense[columns])
+    check(curvature.rows(players.coordinates(coordinates)), dense[coordinates])
     assert torch.linalg.eigvalsh(dense).min() > -1e-12
 
 
 def test_gauss_newton_is_the_hessian_where_the_critic_fits(problem):
     players, batch, loss, _, _ = problem
     fitted = critic_loss(players, batch, targets=loss.critic.values)
-    columns = players.columns(np.arange(7))
-    check(GaussNewton(fitted, Reduction()).rows(columns), Hessian(fitted, Reduction()).rows(columns))
+    coordinates = players.coordinates(np.arange(7))
+    check(GaussNewton(fitted, Reduction()).rows(coordinates), Hessian(fitted, Reduction()).rows(coordinates))
 
 
 @pytest.mark.parametrize("name", CURVATURES)
 def test_padding_does_not_count(problem, name):
     players, batch, loss, *_ = problem
-    columns = players.columns(np.arange(5))
+    coordinates = players.coordinates(np.arange(5))
     changed = loss.targets + 1e3 * (loss.weights == 0)
-    expected = CURVATURES[name](loss, Reduction()).rows(columns)
-    check(CURVATURES[name](critic_loss(players, batch, changed), Reduction()).rows(columns), expected)
+    expected = CURVATURES[name](loss, Reduction()).rows(coordinates)
+    check(CURVATURES[name](critic_loss(players, batch, changed), Reduction()).rows(coordinates), expected)

@@ -7,7 +7,7 @@ import scipy.stats
 import torch
 from problems import FLOAT64, SmallPlayers, critic_loss, random_batch
 from test_data_parallel import error, train
-from test_ihvp import DenseCurvature, all_columns, check, generator, solve
+from test_ihvp import DenseCurvature, all_coordinates, check, generator, solve
 from test_update import SETTINGS
 
 from blpo_rllib.core.curvature import Hessian
@@ -22,13 +22,13 @@ RULES = pytest.mark.parametrize("rule", [SpectralNystrom(4), LevenbergMarquardtN
 def problem():
     """A critic's Hessian, the same dense, and v."""
     hessian = Hessian(critic_loss(SmallPlayers(), random_batch()), Reduction())
-    return hessian, hessian.rows(all_columns(hessian)), torch.randn(hessian.size, dtype=FLOAT64)
+    return hessian, hessian.rows(all_coordinates(hessian)), torch.randn(hessian.size, dtype=FLOAT64)
 
 
 def model(matrix, solver):
     """Ĥ, dense."""
-    c = matrix[solver.columns]
-    core = c[:, solver.columns] + solver.core_shift * torch.eye(solver.rank, dtype=FLOAT64)
+    c = matrix[solver.coordinates]
+    core = c[:, solver.coordinates] + solver.core_shift * torch.eye(solver.rank, dtype=FLOAT64)
     return c.T @ torch.linalg.solve(core, c)
 
 

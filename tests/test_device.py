@@ -43,7 +43,7 @@ def build(observation_space=VECTOR, action_space=BOX, model=None, **training):
     return learner
 
 
-def columns(learner, num_segments, width):
+def coordinates(learner, num_segments, width):
     """A batch of segments as the connectors hand it over."""
     module = learner.module[MODULE].unwrapped()
     shape = num_segments, width
@@ -69,7 +69,7 @@ class Account:
     Attributes:
         kernels: Kernels per minibatch.
         waits: Reads and copies, in either direction, per phase and minibatch, by line.
-        batch: Floats of a batch with all its columns and the operators of its advantages.
+        batch: Floats of a batch with all its coordinates and the operators of its advantages.
         peak: Most floats in use during a phase, beyond what is there before it.
         num_parameters: p, of the critic.
     """
@@ -89,7 +89,7 @@ def account(change=None, width=128, **settings):
         if change is not None:
             change(learner)
         before = books.bytes
-        batch = columns(learner, 4, width)
+        batch = coordinates(learner, 4, width)
         segments = learner._segment_batch(MODULE, batch)
         size = (books.bytes - before) / FLOAT
         for num_minibatches in (2, 4):

@@ -182,7 +182,7 @@ def test_hypergradient_is_the_total_derivative_of_a_quadratic_bilevel_problem(so
     with torch.no_grad():
         nn.utils.vector_to_parameters(best_response(theta0), players.critic_parameters)
     loss = critic_loss(players, batch, targets)
-    columns = players.columns(solver.draw(len(w0), np.random.default_rng(0)))
+    coordinates = players.coordinates(solver.draw(len(w0), np.random.default_rng(0)))
     result = hypergradient(
         actor=actor_of(players, batch),
         loss=loss,
@@ -191,7 +191,7 @@ def test_hypergradient_is_the_total_derivative_of_a_quadratic_bilevel_problem(so
         correction=Correction(cross_clip=None, bound=None),
         solver=solver,
         curvature=Hessian(loss, NONE),
-        columns=columns,
+        coordinates=coordinates,
         reduction=NONE,
     )
     assert (result.scale * result.mixed_product).norm() > 0.05 * result.grad_actor.norm(), (

@@ -25,8 +25,8 @@ class DenseCurvature(Curvature):
     def _local_matvec(self, x):
         return self._matrix @ x
 
-    def local_rows(self, columns):
-        return self._matrix[columns.index]
+    def local_rows(self, coordinates):
+        return self._matrix[coordinates.index]
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def hessian():
 
 @pytest.fixture
 def dense(hessian):
-    return hessian.rows(all_columns(hessian))
+    return hessian.rows(all_coordinates(hessian))
 
 
 @pytest.fixture
@@ -48,15 +48,15 @@ def generator(seed=0):
     return np.random.default_rng(seed)
 
 
-def all_columns(curvature):
+def all_coordinates(curvature):
     return Coordinates.of(np.arange(curvature.size), torch.device("cpu"))
 
 
 def solve(solver, curvature, v, rng):
     """Draw and solve, as the update does."""
     drawn = solver.draw(curvature.size, rng)
-    columns = None if drawn is None else Coordinates.of(drawn, v.device)
-    return solver.solve(curvature, v, columns, solver.local_terms(curvature, columns))
+    coordinates = None if drawn is None else Coordinates.of(drawn, v.device)
+    return solver.solve(curvature, v, coordinates, solver.local_terms(curvature, coordinates))
 
 
 def check(actual, expected, rtol=1e-8):
@@ -69,8 +69,8 @@ def check(actual, expected, rtol=1e-8):
 def test_nystrom_is_its_dense_formula(hessian, dense, v, rank, damping, shift):
     solver = Nystrom(rank, damping, shift)
     x = solve(solver, hessian, v, generator())
-    c = dense[solver.columns]
-    core = c[:, solver.columns] + shift * torch.eye(rank, dtype=FLOAT64)
+    c = dense[solver.coordinates]
+    core = c[:, solver.coordinates] + shift * torch.eye(rank, dtype=FLOAT64)
     model = c.T @ torch.linalg.solve(core, c)
     check(x, torch.linalg.solve(model + damping * torch.eye(len(v), dtype=FLOAT64), v), rtol=1e-6)
 
@@ -81,21 +81,21 @@ def test_nystrom_of_full_rank_is_exact(hessian, dense, v):
     check(x, torch.linalg.solve(damped, v), rtol=1e-6)
 
 
-def test_nystrom_columns_are_kept_or_redrawn(hessian, v):
+def test_nystrom_coordinates_are_kept_or_redrawn(hessian, v):
     fixed, redrawn, rng = Nystrom(3), Nystrom(3, redraw=True), generator()
     solve(fixed, hessian, v, rng)
-    first = fixed.columns.copy()
+    first = fixed.coordinates.copy()
     solve(fixed, hessian, v, rng)
-    assert (fixed.columns == first).all()
+    assert (fixed.coordinates == first).all()
     draws = set()
     for _ in range(5):
         solve(redrawn, hessian, v, rng)
-        assert len(set(redrawn.columns)) == 3
-        draws.add(tuple(redrawn.columns))
+        assert len(set(redrawn.coordinates)) == 3
+        draws.add(tuple(redrawn.coordinates))
     assert len(draws) > 1
 
 
-def test_nystrom_state_restores_columns(hessian, v):
+def test_nystrom_state_restores_coordinates(hessian, v):
     solver, restored = Nystrom(4), Nystrom(4)
     x = solve(solver, hessian, v, generator(1))
     restored.set_state(solver.get_state())
@@ -115,7 +115,7 @@ def test_scaled_identity_is_the_limit_of_large_damping(hessian, v):
 
 def test_conjugate_gradient_on_gauss_newton(v):
     curvature = GaussNewton(critic_loss(SmallPlayers(), random_batch()), Reduction())
-    dense = curvature.rows(all_columns(curvature)) + 0.5 * torch.eye(len(v), dtype=FLOAT64)
+    dense = curvature.rows(all_coordinates(curvature)) + 0.5 * torch.eye(len(v), dtype=FLOAT64)
     x = solve(ConjugateGradient(iterations=curvature.size, damping=0.5), curvature, v, generator())
     check(x, torch.linalg.solve(dense, v))
 

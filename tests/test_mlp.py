@@ -44,7 +44,7 @@ def test_critic_products(players_and_obs):
     check(manual.jvp(x), automatic.jvp(x))
     check(manual.second_order_product(x, u, a), automatic.second_order_product(x, u, a))
     everything = np.random.default_rng(0).permutation(p)
-    mine, theirs = by_hand.columns(everything), players.columns(everything)
+    mine, theirs = by_hand.coordinates(everything), players.coordinates(everything)
     check(manual.second_order_rows(mine, u, a), automatic.second_order_rows(theirs, u, a))
     check(manual.jacobian_columns(mine), automatic.jacobian_columns(theirs))
 
@@ -93,7 +93,7 @@ def test_kernels_in_float32_at_real_sizes(hidden, num_inputs, n, num_threads):
 
     def products(critic, mlp, dtype):
         u_, a_, x_ = (t.to(dtype) for t in (u, a, x))
-        rows = critic.second_order_rows(mlp.columns(index), u_, a_)
+        rows = critic.second_order_rows(mlp.coordinates(index), u_, a_)
         return [critic.values, critic.gradient(u_), critic.vjp(torch.stack([u_, a_])), critic.jvp(x_), rows]
 
     before = torch.get_num_threads()

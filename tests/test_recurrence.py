@@ -393,7 +393,7 @@ def test_hypergradient_through_the_recurrence(oracle, solver):
         correction=Correction(cross_clip=None, bound=0.7),
         solver=made,
         curvature=Hessian(loss, Reduction()),
-        columns=None if indices is None else players.columns(indices),
+        coordinates=None if indices is None else players.coordinates(indices),
         reduction=Reduction(),
     )
     x = torch.linalg.solve(expected["hessian"] + 0.5 * torch.eye(p, dtype=FLOAT64), expected["grad_critic"])
@@ -414,11 +414,11 @@ def test_rows_of_the_hessian_in_one_pass_are_those_one_by_one(oracle):
     weights = (batch.step / batch.step.sum()).flatten()
     critic = players.critic(slots(batch.obs))
     loss = CriticLoss(critic, targets.flatten(), weights)
-    columns = players.columns(np.array([3, 20, 41]))
-    rows = critic.second_order_rows(columns, loss.cotangent, 2 * weights)
+    coordinates = players.coordinates(np.array([3, 20, 41]))
+    rows = critic.second_order_rows(coordinates, loss.cotangent, 2 * weights)
     critic._batched = False
-    torch.testing.assert_close(rows, critic.second_order_rows(columns, loss.cotangent, 2 * weights))
-    assert (rows - expected["hessian"][columns.index]).norm() <= 1e-7 * rows.norm()
+    torch.testing.assert_close(rows, critic.second_order_rows(coordinates, loss.cotangent, 2 * weights))
+    assert (rows - expected["hessian"][coordinates.index]).norm() <= 1e-7 * rows.norm()
 
 
 @pytest.mark.slow

@@ -86,9 +86,9 @@ class Case:
             modules += [layer, nn.Tanh()]
         return MLP.of([nn.Sequential(*modules[:-1])])
 
-    def columns(self, indices):
+    def coordinates(self, indices):
         if self._by_hand:
-            return self.perceptron("critic").columns(indices)
+            return self.perceptron("critic").coordinates(indices)
         return Coordinates.of(indices, torch.device("cpu"))
 
     def critic_loss(self):
@@ -127,7 +127,7 @@ def mlp(weights, x):
     return x @ weights["Dense_2.weight"].T + weights["Dense_2.bias"]
 
 
-def columns_of(file, parameters):
+def coordinates_of(file, parameters):
     """The file's coordinates (parameter, row, column) as positions in the flat critic vector."""
     offsets = dict(zip(parameters, np.cumsum([0] + [p.numel() for p in parameters.values()]), strict=False))
     coordinates = zip(file["nystrom_param"], file["nystrom_row"], file["nystrom_col"], strict=True)
@@ -144,7 +144,7 @@ class Published(IHVPSolver):
     def __init__(self, ihvp):
         self._ihvp = ihvp
 
-    def solve(self, curvature, v, columns, terms):
+    def solve(self, curvature, v, coordinates, terms):
         return self._ihvp
 
 
@@ -153,7 +153,7 @@ def solver_of(file, case):
     if "nystrom_param" not in file:
         return Published(case.vector("ihvp"))
     solver = Nystrom(int(file["config/nystrom_rank"]), float(file["config/nystrom_rho"]), CORE_SHIFT)
-    solver.columns = columns_of(file, case.parameters("critic"))
+    solver.coordinates = coordinates_of(file, case.parameters("critic"))
     return solver
 
 
@@ -171,7 +171,7 @@ def test_minibatches_match_published_numbers(path, dtype, how):
     for name in cases:
         case = Case(file, name, dtype, how != "automatic", compiled_kernels() if how == "kernels" else None)
         loss, solver = case.critic_loss(), solver_of(file, case)
-        columns = case.columns(solver.columns) if isinstance(solver, Nystrom) else None
+        coordinates = case.coordinates(solver.coordinates) if isinstance(solver, Nystrom) else None
         result = hypergradient(
             actor=case.actor_pass(),
             loss=loss,
@@ -183,7 +183,7 @@ def test_minibatches_match_published_numbers(path, dtype, how):
             ),
             solver=solver,
             curvature=Hessian(loss, Reduction()),
-            columns=columns,
+            coordinates=coordinates,
             reduction=Reduction(),
         )
         for published, computed in {
@@ -231,7 +231,7 @@ def test_conjugate_gradient_goes_the_published_way(path):
         correction=Correction(None, None),
         solver=ConjugateGradient(20),
         curvature=hessian,
-        columns=None,
+        coordinates=None,
         reduction=Reduction(),
     )
     x, v = result.ihvp, result.grad_critic

@@ -32,7 +32,7 @@ class BrokenSolver(IHVPSolver):
 
     damping = 1.0
 
-    def solve(self, curvature, v, columns, terms):
+    def solve(self, curvature, v, coordinates, terms):
         return torch.full_like(v, float("nan"))
 
 
@@ -204,7 +204,7 @@ def test_state_restores_the_next_update_bit_for_bit():
     restored.critic_parameters = list(restored.critic_network.parameters())
     restored.actor_parameters = [*restored.actor_network.parameters(), restored.log_std]
     again = make(restored, Nystrom(3))
-    again._order_generator, again._column_generator = (np.random.default_rng(seed) for seed in (98, 99))
+    again._order_generator, again._coordinate_generator = (np.random.default_rng(seed) for seed in (98, 99))
     again.set_state(copy.deepcopy(update.get_state()))
     for mine, theirs in zip(optimizers_of(again), optimizers_of(update), strict=True):
         mine.load_state_dict(copy.deepcopy(theirs.state_dict()))

@@ -84,9 +84,9 @@ class AddedTerms:
         """∇²_ww (ℓ_L + ℓ) x, [p]."""
         return self.share * _gradients([self._differentiable() @ x], self.players.critic_parameters)
 
-    def follower_rows(self, columns: Coordinates) -> Tensor:
+    def follower_rows(self, coordinates: Coordinates) -> Tensor:
         """Rows K of ∇²_ww (ℓ_L + ℓ), [k, p]."""
-        entries = self._differentiable()[columns.index]
+        entries = self._differentiable()[coordinates.index]
         rows = [_gradients([entry], self.players.critic_parameters) for entry in entries]
         return self.share * torch.stack(rows)
 
@@ -116,8 +116,8 @@ class AddedCurvature(Curvature):
     def _local_matvec(self, x: Tensor) -> Tensor:
         return self._curvature._local_matvec(x) + self._terms.follower_product(x)
 
-    def local_rows(self, columns: Coordinates) -> Tensor:
-        return self._curvature.local_rows(columns) + self._terms.follower_rows(columns)
+    def local_rows(self, coordinates: Coordinates) -> Tensor:
+        return self._curvature.local_rows(coordinates) + self._terms.follower_rows(coordinates)
 
 
 def _gradients(values: Sequence[Tensor | None], parameters: Sequence[Tensor], create_graph: bool = False) -> Tensor:

@@ -40,8 +40,8 @@ class Fidelity:
     reference_cosine: float
 
 
-class _Known(Exact):
-    """The exact solver for a matrix that is known already."""
+class _ExactForMatrix(Exact):
+    """The exact solver with the matrix given, which it need not ask of a curvature."""
 
     def __init__(self, matrix: Tensor, damping: float):
         super().__init__(damping)
@@ -50,7 +50,7 @@ class _Known(Exact):
     def draw(self, size: int, generator: np.random.Generator) -> None:  # type: ignore[override]
         return None
 
-    def local_terms(self, curvature: Curvature, columns: Coordinates | None) -> Sequence[Tensor]:
+    def local_terms(self, curvature: Curvature, coordinates: Coordinates | None) -> Sequence[Tensor]:
         return [self._matrix.clone()]
 
 
@@ -83,13 +83,13 @@ class Oracle:
         )
         self._reduction = Reduction()
         self._curvature = curvature(self._loss, self._reduction)
-        self.matrix = self._curvature.rows(players.columns(np.arange(self._size))).double()
+        self.matrix = self._curvature.rows(players.coordinates(np.arange(self._size))).double()
         self._exact: dict[float, Hypergradient] = {}
 
     def at(self, solver: IHVPSolver, generator: np.random.Generator) -> Hypergradient:
         """The hypergradient by ``solver``, which draws its coordinates from ``generator``."""
         indices = solver.draw(self._size, generator)
-        columns = None if indices is None else self._players.columns(indices)
+        coordinates = None if indices is None else self._players.coordinates(indices)
         return hypergradient(
             actor=self._actor,
             loss=self._loss,
@@ -98,14 +98,14 @@ class Oracle:
             correction=self._settings.correction,
             solver=solver,
             curvature=self._curvature,
-            columns=columns,
+            coordinates=coordinates,
             reduction=self._reduction,
         )
 
     def exact(self, damping: float) -> Hypergradient:
         """The hypergradient by the dense solution at ρ = ``damping``."""
         if damping not in self._exact:
-            self._exact[damping] = self.at(_Known(self.matrix, damping), np.random.default_rng())
+            self._exact[damping] = self.at(_ExactForMatrix(self.matrix, damping), np.random.default_rng())
         return self._exact[damping]
 
     def compare(

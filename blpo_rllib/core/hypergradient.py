@@ -235,7 +235,7 @@ def hypergradient(
     correction: Correction,
     solver: IHVPSolver | None,
     curvature: Curvature,
-    columns: Coordinates | None,
+    coordinates: Coordinates | None,
     reduction: Reduction,
     added: AddedTerms | None = None,
 ) -> Hypergradient:
@@ -249,7 +249,7 @@ def hypergradient(
         correction: Clip and bound of the cross term.
         solver: The inverse-Hessian-vector product; None for nested PPO, which follows g_θ alone.
         curvature: The follower's curvature at ``loss``, that of added terms included.
-        columns: The coordinates that the solver drew, if it draws any.
+        coordinates: The coordinates that the solver drew, if it draws any.
         reduction: Sums over the processes that share the minibatch.
         added: Terms of the objectives besides J and L.
 
@@ -266,9 +266,9 @@ def hypergradient(
     own_grad_critic = leader_critic_gradient(loss, batch, surrogate, weights)
     if added is not None:
         own_grad_critic = own_grad_critic + added.leader_critic_gradient()
-    own_terms = solver.local_terms(curvature, columns)
+    own_terms = solver.local_terms(curvature, coordinates)
     grad_actor, grad_critic, *terms = reduction.sum_all([own_grad_actor, own_grad_critic, *own_terms])
-    ihvp = solver.solve(curvature, grad_critic, columns, terms)
+    ihvp = solver.solve(curvature, grad_critic, coordinates, terms)
     own_product = mixed_product(actor, loss, batch, adv, surrogate, ihvp, correction)
     if added is not None:
         own_product = own_product + added.mixed_product(ihvp, correction.cross_reduction)

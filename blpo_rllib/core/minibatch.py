@@ -43,7 +43,7 @@ class Players(ABC):
     def actor(self, obs: Any, actions: Any, old_dist_inputs: Tensor | None) -> ActorPass:
         """The actor at observations [n, ...]; with the KL divergence if ``old_dist_inputs`` [n, d] are given."""
 
-    def columns(self, indices: np.ndarray) -> Coordinates:
+    def coordinates(self, indices: np.ndarray) -> Coordinates:
         """Coordinates of the critic's flat vector, int64 [k], in the form in which its passes take them."""
         return Coordinates.of(indices, self.critic_parameters[0].device)
 
@@ -266,7 +266,7 @@ class MinibatchUpdate:
     def __call__(
         self,
         batch: Minibatch,
-        columns: Coordinates | None,
+        coordinates: Coordinates | None,
         settings: UpdateSettings,
         shared: Hypergradient | None = None,
     ) -> MinibatchResult:
@@ -274,7 +274,7 @@ class MinibatchUpdate:
 
         Args:
             batch: The minibatch.
-            columns: The coordinates that the solver drew, if it draws any.
+            coordinates: The coordinates that the solver drew, if it draws any.
             settings: What to do.
             shared: What :meth:`hypergradient` found on a larger sample, to go by its correction; None for the
                 correction of this minibatch.
@@ -285,7 +285,7 @@ class MinibatchUpdate:
         loss_before, critic_skips = self._nested_critic_updates(batch, settings)
         loss, actor = self.critic_loss(batch), self._actor(batch, settings)
         if shared is None:
-            result = self._hypergradient(batch, loss, actor, self._solver, columns, settings)
+            result = self._hypergradient(batch, loss, actor, self._solver, coordinates, settings)
         else:
             result = self._hypergradient(batch, loss, actor, None, None, settings).with_correction_of(shared)
         counts = Counts(
@@ -297,10 +297,12 @@ class MinibatchUpdate:
         metrics = MinibatchMetrics.of(step_means, loss.weights, _minibatch_means(result), counts)
         return MinibatchResult(metrics, grad_critic=result.grad_critic, ihvp=result.ihvp)
 
-    def hypergradient(self, batch: Minibatch, columns: Coordinates | None, settings: UpdateSettings) -> Hypergradient:
+    def hypergradient(
+        self, batch: Minibatch, coordinates: Coordinates | None, settings: UpdateSettings
+    ) -> Hypergradient:
         """The hypergradient at the present players, which stay as they are."""
         loss, actor = self.critic_loss(batch), self._actor(batch, settings)
-        return self._hypergradient(batch, loss, actor, self._solver, columns, settings)
+        return self._hypergradient(batch, loss, actor, self._solver, coordinates, settings)
 
     def _hypergradient(
         self,
@@ -308,7 +310,7 @@ class MinibatchUpdate:
         loss: CriticLoss,
         actor: ActorPass,
         solver: IHVPSolver | None,
-        columns: Coordinates | None,
+        coordinates: Coordinates | None,
         settings: UpdateSettings,
     ) -> Hypergradient:
         terms = self._added_terms(batch)
@@ -320,7 +322,7 @@ class MinibatchUpdate:
             correction=settings.correction,
             solver=solver,
             curvature=self._curvature_at(loss, terms),
-            columns=columns,
+            coordinates=coordinates,
             reduction=self._reduction,
             added=terms,
         )

@@ -27,11 +27,17 @@ from blpo_rllib.core.policy_heads import ENTROPY, KL, LOGP, PolicyHead
 
 @dataclass(frozen=True)
 class Activation:
-    """φ, with φ' as a function of h = φ(z), and φ''/φ' as a function of h (None where it is 0)."""
+    """An activation function φ.
+
+    Attributes:
+        function: φ.
+        slope: φ'(z) as a function of h = φ(z).
+        curvature_ratio: φ''(z)/φ'(z) as a function of h; None where it is 0 everywhere.
+    """
 
     function: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
-    bend: Callable[[Tensor], Tensor] | None
+    curvature_ratio: Callable[[Tensor], Tensor] | None
 
 
 def _tanh(z: Tensor) -> Tensor:
@@ -108,7 +114,7 @@ class MLP:
         alternate = len(layers) + len(activations) == len(leaves) and len(layers) == len(activations) + 1
         return cls(layers, activations) if alternate else None
 
-    def columns(self, indices: np.ndarray) -> Coordinates:
+    def coordinates(self, indices: np.ndarray) -> Coordinates:
         """The parameters at ``indices`` (int64 [k]) of the flat vector, found in their layers on the host."""
         ends = np.cumsum([layer.weight.numel() + layer.bias.numel() for layer in self.layers])
         layer = np.searchsorted(ends, indices, side="right")
@@ -163,10 +169,10 @@ class MLPPass:
             slope = self._slopes[layer] = self._activations[layer - 1].slope(self.hidden(layer))
         return slope
 
-    def bend(self, layer: int, cotangent: Tensor) -> Tensor | None:
-        """φ''(z_l) ⊙ W_{l+1}ᵀ g_{l+1} = (φ''/φ') ⊙ g_l, by which a tangent of z_l changes g_l; None where it is 0."""
-        bend = self._activations[layer - 1].bend
-        return None if bend is None else bend(self.hidden(layer)) * cotangent
+    def cotangent_slope(self, layer: int, cotangent: Tensor) -> Tensor | None:
+        """∂g_l/∂z_l = φ''(z_l) ⊙ W_{l+1}ᵀ g_{l+1} = (φ''/φ') ⊙ g_l for g_l = ``cotangent`` [d_l, n]; None where 0."""
+        ratio = self._activations[layer - 1].curvature_ratio
+        return None if ratio is None else ratio(self.hidden(layer)) * cotangent
 
     def cotangents(self, output: Tensor) -> dict[int, Tensor]:
         """g_l by layer l, for the output cotangent g_L [d_L, n]."""
@@ -233,16 +239,16 @@ class MLPCriticPass(CriticPass):
             total = total + (self._g[layer] * moved).sum(0)
         return total
 
-    def jacobian_columns(self, columns: Coordinates) -> Tensor:
-        total = self.values.new_zeros(len(columns), len(self.values))
-        for layer, at in self._places(columns).items():
+    def jacobian_columns(self, coordinates: Coordinates) -> Tensor:
+        total = self.values.new_zeros(len(coordinates), len(self.values))
+        for layer, at in self._places(coordinates).items():
             total.addcmul_(self._g[layer][at.units], at.drive(self._pass.hidden(layer - 1)))
         return total
 
-    def second_order_rows(self, columns: Coordinates, first: Tensor, second: Tensor) -> Tensor:
-        rows = self.values.new_zeros(len(columns), self.num_parameters)
-        for some, slots in self._parts(len(columns), len(self.values)):
-            self._at(slots)._add_second_order_rows(rows[some], columns[some], first[slots], second[slots])
+    def second_order_rows(self, coordinates: Coordinates, first: Tensor, second: Tensor) -> Tensor:
+        rows = self.values.new_zeros(len(coordinates), self.num_parameters)
+        for some, slots in self._parts(len(coordinates), len(self.values)):
+            self._at(slots)._add_second_order_rows(rows[some], coordinates[some], first[slots], second[slots])
         return rows
 
     def _parts(self, count: int, num_slots: int) -> Iterator[tuple[slice, slice]]:
@@ -259,10 +265,10 @@ class MLPCriticPass(CriticPass):
         forward = MLPPass(self._mlp, hidden, self._pass.output[:, slots])
         return MLPCriticPass(self._mlp, forward, {layer: g[:, slots] for layer, g in self._g.items()})
 
-    def _places(self, columns: Coordinates) -> dict[int, LayerPlaces]:
-        assert columns.places is not None
+    def _places(self, coordinates: Coordinates) -> dict[int, LayerPlaces]:
+        assert coordinates.places is not None
         layers = range(1, self._pass.depth + 1)
-        return {layer: LayerPlaces.of(columns.places, layer, self.values.dtype) for layer in layers}
+        return {layer: LayerPlaces.of(coordinates.places, layer, self.values.dtype) for layer in layers}
 
     def _add_gradients(self, rows: Tensor, layer: int, cotangent: Tensor) -> None:
         """Adds the gradients in W_l and b_l for the cotangents g_l [k, d_l, n] to ``rows`` [k, p]."""
@@ -278,34 +284,34 @@ class MLPCriticPass(CriticPass):
         end = begin + outputs * inputs
         return rows[:, begin:end].view(-1, outputs, inputs), rows[:, end : end + outputs]
 
-    def _add_second_order_rows(self, rows: Tensor, columns: Coordinates, first: Tensor, second: Tensor) -> None:
+    def _add_second_order_rows(self, rows: Tensor, coordinates: Coordinates, first: Tensor, second: Tensor) -> None:
         """Adds to ``rows`` [k, p] what :meth:`second_order_product` gives for k directions of one parameter each.
 
         In its layer the parameter moves z of a single unit, and takes part of that unit's cotangent to a single input.
         """
-        critic, places = self._pass, self._places(columns)
+        critic, places = self._pass, self._places(coordinates)
         drives = {layer: at.drive(critic.hidden(layer - 1)) for layer, at in places.items()}
         tangents = self._tangents_of_places(places, drives)
-        change, bent = second * (tangents[critic.depth][:, 0] if critic.depth > 1 else drives[1]), None
+        change, g_change = second * (tangents[critic.depth][:, 0] if critic.depth > 1 else drives[1]), None
         for layer in range(critic.depth, 0, -1):
             g = first * self._g[layer]
             cotangent = change[:, None] * self._g[layer]
-            self._add_gradients(rows, layer, cotangent if bent is None else cotangent.add_(bent))
+            self._add_gradients(rows, layer, cotangent if g_change is None else cotangent.add_(g_change))
             if layer == 1:
                 return
             weight, below = self._of_layer(rows, layer)[0], layer - 1
-            bend = critic.bend(below, first * self._g[below])
-            bent = self._passed_on(layer, g, places[layer], bent).mul_(critic.slope(below))
+            cotangent_slope = critic.cotangent_slope(below, first * self._g[below])
+            g_change = self._passed_on(layer, g, places[layer], g_change).mul_(critic.slope(below))
             if below > 1:
                 moved = tangents[below] * critic.slope(below)
                 weight.add_((moved.flatten(0, 1) @ g.T).view(*moved.shape[:2], -1).mT)
-                if bend is not None:
-                    bent.addcmul_(bend, tangents[below])
+                if cotangent_slope is not None:
+                    g_change.addcmul_(cotangent_slope, tangents[below])
             else:
                 unit = places[1].units
                 _add_to_unit(weight.mT, unit, (drives[1] * critic.slope(1)[unit]) @ g.T)
-                if bend is not None:
-                    _add_to_unit(bent, unit, bend[unit] * drives[1])
+                if cotangent_slope is not None:
+                    _add_to_unit(g_change, unit, cotangent_slope[unit] * drives[1])
 
     def _tangents_of_places(self, places: dict[int, LayerPlaces], drives: dict[int, Tensor]) -> dict[int, Tensor]:
         """Tangents of z_2 ... z_L, [k, d, n]; that of z_1 is the drive of a single unit."""
@@ -321,27 +327,27 @@ class MLPCriticPass(CriticPass):
             tangents[layer] = tangent
         return tangents
 
-    def _passed_on(self, layer: int, g: Tensor, at: LayerPlaces, bent: Tensor | None) -> Tensor:
-        """How the cotangent of h_{l-1} changes, [k, d_{l-1}, n], for that of z_l ``bent`` and a moved weight in g_l."""
+    def _passed_on(self, layer: int, g: Tensor, at: LayerPlaces, g_change: Tensor | None) -> Tensor:
+        """The change of the cotangent of h_{l-1}, [k, d_{l-1}, n], by ``g_change`` of g_l and by a moved weight."""
         weight = self._pass.weight(layer)
-        passed = g.new_zeros(len(at.units), weight.shape[1], g.shape[1]) if bent is None else weight.T @ bent
+        passed = g.new_zeros(len(at.units), weight.shape[1], g.shape[1]) if g_change is None else weight.T @ g_change
         _add_to_unit(passed, at.inputs, g[at.units] * at.is_weight)
         return passed
 
     def second_order_product(self, tangent: Tensor, first: Tensor, second: Tensor) -> Tensor:
         critic, direction = self._pass, self._direction(tangent)
         tangents = self._tangents(direction)
-        change, bent = second * tangents[critic.depth][0], torch.zeros_like(critic.output)
+        change, g_change = second * tangents[critic.depth][0], torch.zeros_like(critic.output)
         pieces: list[Tensor] = []
         for layer in range(critic.depth, 0, -1):
-            g, cotangent = first * self._g[layer], change * self._g[layer] + bent
+            g, cotangent = first * self._g[layer], change * self._g[layer] + g_change
             weight = cotangent @ critic.hidden(layer - 1).T
             if layer > 1:
                 below = layer - 1
                 weight = torch.addmm(weight, g, (tangents[below] * critic.slope(below)).T)
-                bent = (critic.weight(layer).T @ bent + direction[below][0].T @ g) * critic.slope(below)
-                bend = critic.bend(below, first * self._g[below])
-                bent = bent if bend is None else bent + bend * tangents[below]
+                g_change = (critic.weight(layer).T @ g_change + direction[below][0].T @ g) * critic.slope(below)
+                cotangent_slope = critic.cotangent_slope(below, first * self._g[below])
+                g_change = g_change if cotangent_slope is None else g_change + cotangent_slope * tangents[below]
             pieces += [cotangent.sum(-1), weight.flatten()]
         return torch.cat(pieces[::-1])
 

@@ -134,9 +134,9 @@ class NativePass(MLPPass):
 
     def jacobian_columns(self, places: Tensor, cotangents: Tensor) -> Tensor:
         """:meth:`CriticPass.jacobian_columns` for the parameters at ``places``: see :class:`Coordinates`."""
-        columns = cotangents.new_empty(len(places), self._num_slots)
-        self._call("jacobian_columns", self._net, self._all_hidden, cotangents, places, len(places), columns)
-        return columns[:, : self._num_inputs]
+        coordinates = cotangents.new_empty(len(places), self._num_slots)
+        self._call("jacobian_columns", self._net, self._all_hidden, cotangents, places, len(places), coordinates)
+        return coordinates[:, : self._num_inputs]
 
     def second_order_rows(self, places: Tensor, cotangents: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """:meth:`CriticPass.second_order_rows` for the parameters at ``places``: see :class:`Coordinates`."""
@@ -178,10 +178,10 @@ class NativeCriticPass(MLPCriticPass):
     def jvp(self, tangent: Tensor) -> Tensor:
         return self._native.jvp(self._all_g, unflatten(tangent.contiguous(), self._mlp.parameters))
 
-    def jacobian_columns(self, columns: Coordinates) -> Tensor:
-        assert columns.places is not None
-        return self._native.jacobian_columns(columns.places, self._all_g)
+    def jacobian_columns(self, coordinates: Coordinates) -> Tensor:
+        assert coordinates.places is not None
+        return self._native.jacobian_columns(coordinates.places, self._all_g)
 
-    def second_order_rows(self, columns: Coordinates, first: Tensor, second: Tensor) -> Tensor:
-        assert columns.places is not None
-        return self._native.second_order_rows(columns.places, self._all_g, first, second)
+    def second_order_rows(self, coordinates: Coordinates, first: Tensor, second: Tensor) -> Tensor:
+        assert coordinates.places is not None
+        return self._native.second_order_rows(coordinates.places, self._all_g, first, second)

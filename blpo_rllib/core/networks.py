@@ -87,15 +87,15 @@ class CriticPass(ABC):
         """J x, [p] to [n]."""
 
     @abstractmethod
-    def jacobian_columns(self, columns: Coordinates) -> Tensor:
-        """∂V/∂w_i for each i in ``columns``, [k, n]."""
+    def jacobian_columns(self, coordinates: Coordinates) -> Tensor:
+        """∂V/∂w_i for each i in ``coordinates``, [k, n]."""
 
     @abstractmethod
-    def second_order_rows(self, columns: Coordinates, first: Tensor, second: Tensor) -> Tensor:
+    def second_order_rows(self, coordinates: Coordinates, first: Tensor, second: Tensor) -> Tensor:
         r"""Rows K of :math:`J^\top \mathrm{diag}(a) J + \sum_t u_t \nabla^2 V_t`.
 
         Args:
-            columns: K, k of them.
+            coordinates: K, k of them.
             first: u [n], multiplies the second derivatives of V.
             second: a [n], multiplies the outer products of its first derivatives.
 
@@ -181,12 +181,12 @@ class AutogradCriticPass(CriticPass):
         self._transposed = probe, _gradient(self._graph, self._parameters, probe, create_graph=True)
         return self._transposed
 
-    def jacobian_columns(self, columns: Coordinates) -> Tensor:
+    def jacobian_columns(self, coordinates: Coordinates) -> Tensor:
         probe = torch.zeros_like(self.values, requires_grad=True)
-        return torch.stack([_derivative(entry, [probe]) for entry in self._entries(columns, probe)])
+        return torch.stack([_derivative(entry, [probe]) for entry in self._entries(coordinates, probe)])
 
-    def second_order_rows(self, columns: Coordinates, first: Tensor, second: Tensor) -> Tensor:
-        entries = list(self._entries(columns, self._cotangent(first, second)))
+    def second_order_rows(self, coordinates: Coordinates, first: Tensor, second: Tensor) -> Tensor:
+        entries = list(self._entries(coordinates, self._cotangent(first, second)))
         if not self._batched:
             return torch.stack([_derivative(entry, self._parameters) for entry in entries])
         return self._gradients(torch.cat(entries), torch.eye(len(entries), dtype=first.dtype, device=first.device))
@@ -208,10 +208,10 @@ class AutogradCriticPass(CriticPass):
         """With which Jᵀ u is the gradient of Σ_t u_t V_t + a_t (V_t − V_t(w))²/2 in w, differentiable once more."""
         return first + second * (self._graph - self.values)
 
-    def _entries(self, columns: Coordinates, cotangent: Tensor) -> Iterator[Tensor]:
+    def _entries(self, coordinates: Coordinates, cotangent: Tensor) -> Iterator[Tensor]:
         """The entries K of Jᵀ u, [1] each, with their graphs."""
-        assert columns.on_host is not None
-        owners = np.searchsorted(self._ends, columns.on_host, side="right")
+        assert coordinates.on_host is not None
+        owners = np.searchsorted(self._ends, coordinates.on_host, side="right")
         wanted = np.unique(owners).tolist()
         gradients = torch.autograd.grad(
             self._graph,
@@ -223,7 +223,7 @@ class AutogradCriticPass(CriticPass):
         by_owner = dict(zip(wanted, gradients, strict=True))
         for number, owner in enumerate(owners.tolist()):
             begin = int(self._ends[owner]) - self._parameters[owner].numel()
-            yield by_owner[owner].reshape(-1).index_select(0, columns.index[number : number + 1] - begin)
+            yield by_owner[owner].reshape(-1).index_select(0, coordinates.index[number : number + 1] - begin)
 
 
 class AutogradActorPass(ActorPass):

@@ -42,7 +42,7 @@ class ReplayedUpdate:
         targets: Tensor,
         rows: Tensor,
         num_steps: Tensor,
-        columns: Coordinates | None,
+        coordinates: Coordinates | None,
         settings: UpdateSettings,
         shared: Hypergradient | None,
     ) -> MinibatchResult:
@@ -56,16 +56,18 @@ class ReplayedUpdate:
         """
         source = self._arrays(batch, targets)
         memory = [x for adam in self._adams for x in adam.memory]
-        shapes = tuple(x.shape[1:] for x in source), len(rows), None if columns is None else len(columns)
+        shapes = tuple(x.shape[1:] for x in source), len(rows), None if coordinates is None else len(coordinates)
         kind = batch.advantage.structure, shared is None
         key = kind, shapes, settings, tuple(x.data_ptr() for x in memory)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._record(batch, targets, rows, num_steps, columns, settings, shared, memory)
+            plan = self._plans[key] = self._record(
+                batch, targets, rows, num_steps, coordinates, settings, shared, memory
+            )
             if len(self._plans) > MAX_PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
-        return plan.run(source, rows, num_steps, _others(columns, shared))
+        return plan.run(source, rows, num_steps, _others(coordinates, shared))
 
     def _arrays(self, batch: SegmentBatch, targets: Tensor) -> list[Tensor]:
         """All that a batch consists of, in the form in which rows are copied: contiguous, integers of one type."""
@@ -80,7 +82,7 @@ class ReplayedUpdate:
         targets: Tensor,
         rows: Tensor,
         num_steps: Tensor,
-        columns: Coordinates | None,
+        coordinates: Coordinates | None,
         settings: UpdateSettings,
         shared: Hypergradient | None,
         memory: Sequence[Tensor],
@@ -88,7 +90,7 @@ class ReplayedUpdate:
         source = self._arrays(batch, targets)
         *own, own_targets = (x[rows] for x in source)
         own_num_steps = num_steps.clone()
-        own_columns = None if columns is None else columns.copy()
+        own_columns = None if coordinates is None else coordinates.copy()
         own_shared = None if shared is None else shared.copy_of_correction()
         inputs = [*own, own_targets, own_num_steps, *_others(own_columns, own_shared)]
         saved = [x.clone() for x in memory]
@@ -154,10 +156,10 @@ class _Plan:
         return self._result
 
 
-def _others(columns: Coordinates | None, shared: Hypergradient | None) -> list[Tensor]:
+def _others(coordinates: Coordinates | None, shared: Hypergradient | None) -> list[Tensor]:
     """What a minibatch depends on besides its rows."""
-    coordinates = () if columns is None else (columns.index, columns.places)
-    return [x for x in (*coordinates, *(() if shared is None else shared.correction)) if x is not None]
+    drawn = () if coordinates is None else (coordinates.index, coordinates.places)
+    return [x for x in (*drawn, *(() if shared is None else shared.correction)) if x is not None]
 
 
 def _tensors(metrics: MinibatchMetrics) -> list[Tensor]:

@@ -78,8 +78,11 @@ class BilevelUpdate:
         self._optimizers, self._curvature, self._solver = (actor_optimizer, critic_optimizer), curvature, solver
         self._undrawn = None if solver is None else solver.get_state()
         # Two, because processes with unlike numbers of segments draw unlike numbers for their order.
-        order, columns = np.random.SeedSequence(seed).spawn(2)
-        self._order_generator, self._column_generator = np.random.default_rng(order), np.random.default_rng(columns)
+        order, coordinates = np.random.SeedSequence(seed).spawn(2)
+        self._order_generator, self._coordinate_generator = (
+            np.random.default_rng(order),
+            np.random.default_rng(coordinates),
+        )
         self._reduction = reduction
         self._graphs, self._kernels, self._added, self._postprocess = graphs, kernels, added, postprocess
         self.take_players(players)
@@ -151,10 +154,10 @@ class BilevelUpdate:
                 segments = anchored(batch, values, adv, settings.advantages, self._reduction)
             if self._solver is not None and settings.correction.sample == "batch":
                 sample = Minibatch.of(segments, targets, self._reduction.sum(segments.step.sum()))
-                drawn = next(iter(self._draw_columns(1)), None)
+                drawn = next(iter(self._draw_coordinates(1)), None)
                 shared = self._minibatch_update.hypergradient(sample, drawn, settings)
-            columns = self._draw_columns(0 if shared is not None else num_minibatches)
-            for (rows, num_steps), drawn in zip_longest(self._minibatches(segments, size), columns):
+            coordinates = self._draw_coordinates(0 if shared is not None else num_minibatches)
+            for (rows, num_steps), drawn in zip_longest(self._minibatches(segments, size), coordinates):
                 result = self._step(segments, targets, rows, num_steps, drawn, settings, shared)
                 # A sum, from the start: what a replay reports is overwritten by the next.
                 sums = result.metrics + (result.metrics.zeros() if sums is None else sums)
@@ -183,7 +186,7 @@ class BilevelUpdate:
         solver = None if self._solver is None else self._solver.get_state()
         return {
             "order_generator": self._order_generator.bit_generator.state,
-            "column_generator": self._column_generator.bit_generator.state,
+            "column_generator": self._coordinate_generator.bit_generator.state,
             "solver": solver,
             "rate_factor": self._rate_factor,
         }
@@ -191,26 +194,26 @@ class BilevelUpdate:
     def set_state(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`get_state` returned."""
         self._order_generator.bit_generator.state = state["order_generator"]
-        self._column_generator.bit_generator.state = state["column_generator"]
+        self._coordinate_generator.bit_generator.state = state["column_generator"]
         # Absent from checkpoints of before there was one.
         self._rate_factor = state.get("rate_factor", 1.0)
         if self._solver is not None and state["solver"] is not None:
             self._solver.set_state(state["solver"])
 
-    def _draw_columns(self, count: int) -> list[Coordinates]:
+    def _draw_coordinates(self, count: int) -> list[Coordinates]:
         """The coordinates that the solver picks for each of the next samples, if any, copied to the device together."""
         if self._solver is None or not count:
             return []
         size = sum(p.numel() for p in self._players.critic_parameters)
-        drawn = [self._solver.draw(size, self._column_generator) for _ in range(count)]
+        drawn = [self._solver.draw(size, self._coordinate_generator) for _ in range(count)]
         chosen = [indices for indices in drawn if indices is not None]
         if len(chosen) < count:
             return []
         if all(indices is chosen[0] for indices in chosen):
             if self._drawn is None or self._drawn[0] is not chosen[0]:
-                self._drawn = chosen[0], self._players.columns(chosen[0])
+                self._drawn = chosen[0], self._players.coordinates(chosen[0])
             return [self._drawn[1]] * count
-        everything, ends = self._players.columns(np.concatenate(chosen)), np.cumsum([len(x) for x in chosen])
+        everything, ends = self._players.coordinates(np.concatenate(chosen)), np.cumsum([len(x) for x in chosen])
         return [everything[end - len(indices) : end] for indices, end in zip(chosen, ends, strict=True)]
 
     def _values(self, batch: SegmentBatch, size: int) -> Tensor:
@@ -235,19 +238,19 @@ class BilevelUpdate:
         targets: Tensor,
         rows: Tensor,
         num_steps: Tensor,
-        columns: Coordinates | None,
+        coordinates: Coordinates | None,
         settings: UpdateSettings,
         shared: Hypergradient | None,
     ) -> MinibatchResult:
         """Updates the players by the minibatch that consists of some rows of the batch."""
         if self._replayed is not None and len(rows) * batch.step.shape[1] <= MAX_REPLAYED_SLOTS:
             try:
-                return self._replayed(batch, targets, rows, num_steps, columns, settings, shared)
+                return self._replayed(batch, targets, rows, num_steps, coordinates, settings, shared)
             except CannotRecordError as error:
                 logger.info("the update dispatches its operations one by one (slower), because %s", error)
                 self._replayed = None
         take = self._graphed or self._take_rows
-        result: MinibatchResult = take(batch, targets, rows, num_steps, columns, settings, shared)
+        result: MinibatchResult = take(batch, targets, rows, num_steps, coordinates, settings, shared)
         return result
 
     def _take_rows(
@@ -256,12 +259,12 @@ class BilevelUpdate:
         targets: Tensor,
         rows: Tensor,
         num_steps: Tensor,
-        columns: Coordinates | None,
+        coordinates: Coordinates | None,
         settings: UpdateSettings,
         shared: Hypergradient | None,
     ) -> MinibatchResult:
         minibatch = Minibatch.of(batch.permuted(rows), targets[rows], num_steps)
-        return self._minibatch_update(minibatch, columns, settings, shared)
+        return self._minibatch_update(minibatch, coordinates, settings, shared)
 
     def _is_replayable(self) -> bool:
         """Whether minibatches of one shape take the same operations; sums over processes are not among those."""

@@ -126,8 +126,8 @@ class RLModulePlayers(Players):
                 if _all_trainable(found):
                     self._actor_mlp, self._log_std = mlp, log_std
 
-    def columns(self, indices: np.ndarray) -> Coordinates:
-        return super().columns(indices) if self._critic_mlp is None else self._critic_mlp.columns(indices)
+    def coordinates(self, indices: np.ndarray) -> Coordinates:
+        return super().coordinates(indices) if self._critic_mlp is None else self._critic_mlp.coordinates(indices)
 
     def critic(self, obs: Any) -> CriticPass:
         if self._critic_mlp is not None:

@@ -140,8 +140,8 @@ def hypergradient(
     grad_actor, v = torch.func.grad(game.leader, (0, 1))(theta, w)
     curvature = game.curvature(theta, w)
     indices = solver.draw(curvature.size, generator)
-    columns = None if indices is None else Coordinates.of(indices, w.device)
-    x = solver.solve(curvature, v, columns, solver.local_terms(curvature, columns))
+    coordinates = None if indices is None else Coordinates.of(indices, w.device)
+    x = solver.solve(curvature, v, coordinates, solver.local_terms(curvature, coordinates))
     mixed = torch.func.grad(lambda t: torch.func.grad(game.follower, 1)(t, w) @ x)(theta)
     return grad_actor - bound_scale(mixed.norm(), grad_actor.norm(), bound) * mixed
 

@@ -38,13 +38,15 @@ class SpectralNystrom(Nystrom):
         super().__init__(rank, **kwargs)
         self.multiple = multiple
 
-    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None, terms: Sequence[Tensor]) -> Tensor:
-        assert columns is not None
+    def solve(
+        self, curvature: Curvature, v: Tensor, coordinates: Coordinates | None, terms: Sequence[Tensor]
+    ) -> Tensor:
+        assert coordinates is not None
         (c,) = terms
-        b, _ = torch.linalg.solve_ex(self._core(c, columns), c @ c.T)
+        b, _ = torch.linalg.solve_ex(self._core(c, coordinates), c @ c.T)
         norm = (b * b.T).sum().clamp(min=0.0).sqrt()
         self.damping = (self.multiple * norm).clamp(min=LEAST_DAMPING)
-        return super().solve(curvature, v, columns, terms)
+        return super().solve(curvature, v, coordinates, terms)
 
 
 class LevenbergMarquardtNystrom(Nystrom):
@@ -68,9 +70,11 @@ class LevenbergMarquardtNystrom(Nystrom):
         super().__init__(rank, damping, **kwargs)
         self._next: float | Tensor = damping
 
-    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None, terms: Sequence[Tensor]) -> Tensor:
+    def solve(
+        self, curvature: Curvature, v: Tensor, coordinates: Coordinates | None, terms: Sequence[Tensor]
+    ) -> Tensor:
         self.damping = self._next
-        x = super().solve(curvature, v, columns, terms)
+        x = super().solve(curvature, v, coordinates, terms)
         error = self.relative_residual(curvature, v, x)
         # An error that is not a number changes nothing.
         factor = 1.0 + 0.5 * (error > 0.75) - (error < 0.25) / 3

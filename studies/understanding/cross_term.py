@@ -102,7 +102,7 @@ def expected_hypergradient(game: Game, theta: Tensor, w: Tensor, lambda_: float)
         correction=Correction(cross_clip=None, bound=None, cross_reduction="mean"),
         solver=Exact(damping=0.0),
         curvature=Hessian(loss, Reduction()),
-        columns=Coordinates.of(np.arange(len(w)), w.device),
+        coordinates=Coordinates.of(np.arange(len(w)), w.device),
         reduction=Reduction(),
     )
 

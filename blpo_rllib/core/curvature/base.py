@@ -68,14 +68,14 @@ class Curvature(ABC):
         """H x, [p] to [p]."""
         return self._reduction.sum(self._local_matvec(x))
 
-    def rows(self, columns: Coordinates) -> Tensor:
+    def rows(self, coordinates: Coordinates) -> Tensor:
         """H[K, :], for k coordinates K, [k, p]; by symmetry also the columns K."""
-        return self._reduction.sum(self.local_rows(columns))
+        return self._reduction.sum(self.local_rows(coordinates))
 
     @abstractmethod
     def _local_matvec(self, x: Tensor) -> Tensor:
         """This process's term of :meth:`matvec`."""
 
     @abstractmethod
-    def local_rows(self, columns: Coordinates) -> Tensor:
+    def local_rows(self, coordinates: Coordinates) -> Tensor:
         """This process's term of :meth:`rows`."""

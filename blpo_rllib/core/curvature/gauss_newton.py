@@ -18,5 +18,5 @@ class GaussNewton(Curvature, replayable=True):
     def _local_matvec(self, x: Tensor) -> Tensor:
         return self._loss.critic.vjp(2 * self._loss.weights * self._loss.critic.jvp(x))
 
-    def local_rows(self, columns: Coordinates) -> Tensor:
-        return self._loss.critic.vjp(2 * self._loss.weights * self._loss.critic.jacobian_columns(columns))
+    def local_rows(self, coordinates: Coordinates) -> Tensor:
+        return self._loss.critic.vjp(2 * self._loss.weights * self._loss.critic.jacobian_columns(coordinates))

@@ -17,5 +17,5 @@ class Hessian(Curvature, replayable=True):
     def _local_matvec(self, x: Tensor) -> Tensor:
         return self._loss.critic.second_order_product(x, self._loss.cotangent, 2 * self._loss.weights)
 
-    def local_rows(self, columns: Coordinates) -> Tensor:
-        return self._loss.critic.second_order_rows(columns, self._loss.cotangent, 2 * self._loss.weights)
+    def local_rows(self, coordinates: Coordinates) -> Tensor:
+        return self._loss.critic.second_order_rows(coordinates, self._loss.cotangent, 2 * self._loss.weights)

@@ -46,23 +46,25 @@ class IHVPSolver(ABC):
         """
         return None
 
-    def local_terms(self, curvature: Curvature, columns: Coordinates | None) -> Sequence[Tensor]:
+    def local_terms(self, curvature: Curvature, coordinates: Coordinates | None) -> Sequence[Tensor]:
         """This process's terms of what :meth:`solve` needs and v does not enter, to be summed along with v.
 
         Args:
             curvature: H.
-            columns: What :meth:`draw` returned.
+            coordinates: What :meth:`draw` returned.
         """
         return ()
 
     @abstractmethod
-    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None, terms: Sequence[Tensor]) -> Tensor:
+    def solve(
+        self, curvature: Curvature, v: Tensor, coordinates: Coordinates | None, terms: Sequence[Tensor]
+    ) -> Tensor:
         """Returns x [p]; only tensor operations, without a device sync.
 
         Args:
             curvature: H.
             v: The vector [p].
-            columns: What :meth:`draw` returned.
+            coordinates: What :meth:`draw` returned.
             terms: What :meth:`local_terms` returned, summed over processes; they may be overwritten.
         """
 

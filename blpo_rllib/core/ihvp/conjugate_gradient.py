@@ -33,7 +33,9 @@ class ConjugateGradient(IHVPSolver, replayable=True):
         check_damping(damping, "ConjugateGradient.damping", positive=False)
         self.iterations, self.damping = iterations, damping
 
-    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None, terms: Sequence[Tensor]) -> Tensor:
+    def solve(
+        self, curvature: Curvature, v: Tensor, coordinates: Coordinates | None, terms: Sequence[Tensor]
+    ) -> Tensor:
         x, residual, direction = torch.zeros_like(v), v, v
         squared = v @ v
         for _ in range(self.iterations):

@@ -41,11 +41,13 @@ class Exact(IHVPSolver):
             self._everything = np.arange(size)
         return self._everything
 
-    def local_terms(self, curvature: Curvature, columns: Coordinates | None) -> Sequence[Tensor]:
-        assert columns is not None
-        return [curvature.local_rows(columns)]
+    def local_terms(self, curvature: Curvature, coordinates: Coordinates | None) -> Sequence[Tensor]:
+        assert coordinates is not None
+        return [curvature.local_rows(coordinates)]
 
-    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None, terms: Sequence[Tensor]) -> Tensor:
+    def solve(
+        self, curvature: Curvature, v: Tensor, coordinates: Coordinates | None, terms: Sequence[Tensor]
+    ) -> Tensor:
         matrix = terms[0].double()
         matrix.diagonal().add_(self.damping)
         x, _ = torch.linalg.solve_ex(matrix, v.double())

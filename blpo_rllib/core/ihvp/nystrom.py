@@ -39,7 +39,7 @@ class Nystrom(IHVPSolver, replayable=True):
         if not np.isfinite(core_shift):
             raise ValueError(f"Nystrom.core_shift={core_shift!r} must be a finite number (1 as published, 0 for none)")
         self.rank, self.damping, self.core_shift, self.redraw = rank, damping, core_shift, redraw
-        self.columns: np.ndarray | None = None
+        self.coordinates: np.ndarray | None = None
 
     def check_size(self, size: int) -> None:
         if self.rank > size:
@@ -48,30 +48,32 @@ class Nystrom(IHVPSolver, replayable=True):
             )
 
     def draw(self, size: int, generator: np.random.Generator) -> np.ndarray:
-        if self.columns is None or self.redraw:
-            self.columns = generator.choice(size, self.rank, replace=False, shuffle=False)
-        return self.columns
+        if self.coordinates is None or self.redraw:
+            self.coordinates = generator.choice(size, self.rank, replace=False, shuffle=False)
+        return self.coordinates
 
-    def local_terms(self, curvature: Curvature, columns: Coordinates | None) -> Sequence[Tensor]:
-        assert columns is not None
-        return [curvature.local_rows(columns)]
+    def local_terms(self, curvature: Curvature, coordinates: Coordinates | None) -> Sequence[Tensor]:
+        assert coordinates is not None
+        return [curvature.local_rows(coordinates)]
 
-    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None, terms: Sequence[Tensor]) -> Tensor:
-        assert columns is not None
+    def solve(
+        self, curvature: Curvature, v: Tensor, coordinates: Coordinates | None, terms: Sequence[Tensor]
+    ) -> Tensor:
+        assert coordinates is not None
         (c,) = terms
         # solve_ex: a singular matrix gives non-finite numbers, which the caller catches, instead of a device sync.
-        y, _ = torch.linalg.solve_ex(torch.addmm(self.damping * self._core(c, columns), c, c.T), c @ v)
+        y, _ = torch.linalg.solve_ex(torch.addmm(self.damping * self._core(c, coordinates), c, c.T), c @ v)
         # In place of the first row, which is not needed any more: x is as large as a row.
         return c[0].mul_(-y[0]).addmv_(c[1:].T, y[1:], alpha=-1).add_(v).div_(self.damping)
 
-    def _core(self, c: Tensor, columns: Coordinates) -> Tensor:
+    def _core(self, c: Tensor, coordinates: Coordinates) -> Tensor:
         """M + δI, [k, k]."""
-        core = c.index_select(1, columns.index)
+        core = c.index_select(1, coordinates.index)
         core.diagonal().add_(self.core_shift)
         return core
 
     def get_state(self) -> dict[str, Any]:
-        return {"columns": self.columns}
+        return {"columns": self.coordinates}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self.columns = state["columns"]
+        self.coordinates = state["columns"]

@@ -27,5 +27,7 @@ class ScaledIdentity(IHVPSolver, replayable=True):
         check_damping(damping, "ScaledIdentity.damping", positive=True)
         self.damping = damping
 
-    def solve(self, curvature: Curvature, v: Tensor, columns: Coordinates | None, terms: Sequence[Tensor]) -> Tensor:
+    def solve(
+        self, curvature: Curvature, v: Tensor, coordinates: Coordinates | None, terms: Sequence[Tensor]
+    ) -> Tensor:
         return v / self.damping

@@ -54,7 +54,7 @@ inline V slope(Activation kind, V h) {
 }
 // phi''/phi' from h.
 template <class V>
-inline V bend(Activation kind, V h) {
+inline V curvature_ratio(Activation kind, V h) {
   return kind == kTanh ? -2 * h : V{};
 }
 
@@ -430,7 +430,7 @@ struct SecondOrderRow {
     for (int64_t unit = one ? at.unit : 0; unit < (one ? at.unit + 1 : net.sizes[layer]); ++unit)
       for (int64_t s = 0; s < slots; s += kLanes<T>) {
         const int64_t place = unit * net.slots + s, all = net.offset(layer, 1) + first + place;
-        add(output + place, bend(kind, load<T>(hidden + place)) * load<T>(g + all) * load<T>(tangent + all));
+        add(output + place, curvature_ratio(kind, load<T>(hidden + place)) * load<T>(g + all) * load<T>(tangent + all));
       }
     if (!one) return {Support::kAll, 0};
     return support.kind == Support::kNone ? Support{Support::kUnit, at.unit} : support;
