@@ -67,15 +67,6 @@ def config(algorithm: str, seed: int) -> PPOConfig:
     )
 
 
-def recent_return(rows: list[Row]) -> float:
-    """Mean return of the iterations that hold the latest :data:`EPISODES` episodes."""
-    ended = [each for each in rows if each["episodes"]]
-    counts = np.cumsum([each["episodes"] for each in reversed(ended)])
-    latest = ended[::-1][: int(np.searchsorted(counts, EPISODES)) + 1]
-    weights = [each["episodes"] for each in latest]
-    return float(np.average([each["return"] for each in latest], weights=weights)) if latest else float("nan")
-
-
 def run(algorithm: str, seed: int, stop_timesteps: int, stop_reward: float) -> dict[str, Any]:
     """One run; its curve, steps and mean return of the last episodes after each iteration, is printed as it grows."""
     algo = config(algorithm, seed).build_algo()
