@@ -123,6 +123,7 @@ def test_learning_rate_schedules():
         episodes=mixed_episodes(rng), minibatch_size=64, timesteps={"num_env_steps_sampled_lifetime": 500}
     )["default_policy"]
     assert results["actor_learning_rate"].peek() == pytest.approx(5e-4)
+    assert learner.get_optimizer() is learner.get_optimizer(optimizer_name="actor")
     assert results["critic_learning_rate"].peek() == pytest.approx(1.5e-3)
     restored = config(actor_lr=[[0, 1e-3], [1000, 0.0]], critic_lr=[[0, 2e-3], [1000, 1e-3]]).build_learner()
     restored.set_state(learner.get_state())

@@ -16,6 +16,7 @@ import tree
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
 from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.connectors.learner import AddTimeDimToBatchAndZeroPad, GeneralAdvantageEstimation
+from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.learner import DEFAULT_OPTIMIZER, LR_KEY, Learner
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
@@ -555,6 +556,12 @@ class BLPOTorchLearner(PPOTorchLearner):
         """ε_F; the published cross term clips the ratio for continuous actions only."""
         continuous = isinstance(self._module[module_id].unwrapped().action_space, gym.spaces.Box)
         return config.cross_clip_param if continuous else None
+
+    @override(Learner)
+    def get_optimizer(self, module_id: str = DEFAULT_MODULE_ID, optimizer_name: str = DEFAULT_OPTIMIZER) -> Any:
+        """One of a module's two; for RLlib's default name, which PPO's only one has, the actor's."""
+        name = ACTOR_OPTIMIZER if optimizer_name == DEFAULT_OPTIMIZER else optimizer_name
+        return super().get_optimizer(module_id, name)
 
     @override(Learner)
     def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
