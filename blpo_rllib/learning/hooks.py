@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,8 +106,18 @@ def postprocessed(learner: BLPOTorchLearner, module_id: str, player: str, gradie
     return flatten([torch.zeros_like(p) if found.get(p) is None else found[p] for p in parameters])
 
 
+def overrides(learner_class: type, base: type, name: str) -> bool:
+    """Whether a subclass has a method of its own under this name.
+
+    Ray wraps all methods of a class that it makes an actor of (ray/util/tracing/tracing_helper.py,
+    _inject_tracing_into_class), so that the objects differ where nothing is overridden. The wrapped functions tell.
+    """
+    own, inherited = (inspect.unwrap(getattr(cls, name)) for cls in (learner_class, base))
+    return (own.__module__, own.__qualname__) != (inherited.__module__, inherited.__qualname__)
+
+
 def check(learner_class: type, base: type) -> None:
     """Raises ValueError if a subclass overrides what has no place in the update."""
     for name, remedy in WITHOUT_MEANING.items():
-        if getattr(learner_class, name) is not getattr(base, name):
+        if overrides(learner_class, base, name):
             raise ValueError(f"{learner_class.__name__} overrides {name}(), which BLPO never calls: {remedy}")

@@ -108,7 +108,7 @@ class BLPOTorchLearner(PPOTorchLearner):
     def _overridden(cls) -> set[str]:
         names = {"compute_loss_for_module", "compute_leader_loss_for_module", "compute_follower_loss_for_module"}
         names.add("postprocess_gradients_for_module")
-        return {name for name in names if getattr(cls, name) is not getattr(BLPOTorchLearner, name)}
+        return {name for name in names if hooks.overrides(cls, BLPOTorchLearner, name)}
 
     @override(Learner)
     def build(self) -> None:
