@@ -37,9 +37,16 @@ def module(action_space, **model_config):
     ).build()
 
 
+class AutomaticPlayers(RLModulePlayers):
+    """Players whose perceptrons are not recognised, so that all derivatives are automatic."""
+
+    def _find_perceptrons(self):
+        pass
+
+
 def twins(action_space, **model_config):
     built = module(action_space, **model_config).double()
-    return RLModulePlayers(built, "m", by_hand=True), RLModulePlayers(built, "m", by_hand=False)
+    return RLModulePlayers(built, "m"), AutomaticPlayers(built, "m")
 
 
 def sample(action_space, old_size):

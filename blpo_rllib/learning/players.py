@@ -39,14 +39,13 @@ class RLModulePlayers(Players):
         module: A torch RLModule with a value function and nothing shared between it and the policy. If it is recurrent,
             its observations are :func:`~blpo_rllib.learning.recurrence.recurrent_observation`.
         module_id: Its name, for error messages.
-        by_hand: Take derivatives by hand where a player is a perceptron; otherwise automatically.
         kernels: Compiled functions for that, used where they apply (CPU, float32 or float64).
 
     Raises:
         ValueError: If the module lacks a value function, or shares parameters between the players.
     """
 
-    def __init__(self, module: Any, module_id: str, by_hand: bool = True, kernels: Kernels | None = None):
+    def __init__(self, module: Any, module_id: str, kernels: Kernels | None = None):
         check_module_class(type(module), module_id)
         self._module, self._kernels = slotwise(module), kernels
         self._distribution = module.get_train_action_dist_cls()
@@ -66,8 +65,7 @@ class RLModulePlayers(Players):
         self._critic_mlp: MLP | None = None
         self._actor_mlp: MLP | None = None
         self._log_std: Tensor | None = None
-        if by_hand:
-            self._find_perceptrons()
+        self._find_perceptrons()
         # Frozen ones belong to neither.
         self.actor_parameters = [p for p in self.actor_members if p.requires_grad]
         self.critic_parameters = [p for p in self.critic_members if p.requires_grad]
