@@ -168,7 +168,7 @@ def test_a_correction_of_the_whole_batch_serves_every_step_of_the_epoch(bound):
     values = whole.critic(flat_obs(batch)).values.view_as(batch.step)
     targets = values + batch.advantage.advantages(batch.rewards, values)
     expected = update._minibatch_update.hypergradient(
-        Minibatch.of(batch, targets, batch.step.sum()), update._draw_coordinates(), settings
+        Minibatch.of(batch, targets, batch.step.sum()), update._draw_coordinates(1)[0], settings
     )
     if bound is not None:
         assert expected.scale * expected.mixed_norm == pytest.approx(bound * float(expected.actor_norm))

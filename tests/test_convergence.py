@@ -4,8 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from blpo_rllib.core.ihvp import Exact, Nystrom
-from studies.convergence.convergence import NUM_STATES, Game, Rule, conditions, gradient_errors, play, rate, rules
+from blpo_rllib.core.ihvp import Nystrom
+from studies.convergence.convergence import (
+    NUM_STATES,
+    Game,
+    Rule,
+    conditions,
+    gradient_errors,
+    play,
+    rate,
+    rules,
+    undamped,
+)
 
 # One process with a critic that can be right everywhere, and with one that cannot.
 GAMES = {p: Game.random(p, seed=2) for p in (NUM_STATES, 3)}
@@ -29,7 +39,7 @@ def test_hypergradient_is_the_total_derivative(game):
 @pytest.mark.parametrize("p", GAMES)
 def test_gradient_descent_at_the_rate_of_theory_to_a_strict_minimum(p):
     game = GAMES[p]
-    path = play(game, Rule(Exact, None), 200)
+    path = play(game, Rule(undamped, None), 200)
     found, speed = conditions(game, *path[-1]), rate(game, path)
     # min ‖dF/dθ‖² <= 2 (F(θ_0) − F(θ_T)) / (α T), for every T.
     assert (np.array(speed["running_minimum"]) <= np.array(speed["bound"])).all()
@@ -43,7 +53,7 @@ def test_gradient_descent_at_the_rate_of_theory_to_a_strict_minimum(p):
 
 def test_nystrom_of_full_rank_with_nested_steps_ends_there_too():
     game = GAMES[3]
-    reached, exact = play(game, Rule(full_rank(3), 10), 200)[-1], play(game, Rule(Exact, None), 200)[-1]
+    reached, exact = play(game, Rule(full_rank(3), 10), 200)[-1], play(game, Rule(undamped, None), 200)[-1]
     assert conditions(game, *reached)["total_derivative"] < 1e-4
     torch.testing.assert_close(reached, exact, rtol=0, atol=1e-3)
 
@@ -72,7 +82,7 @@ def test_without_the_whole_correction_play_ends_where_the_leaders_own_gradient_v
     found = end(game, rules(3)[name], 400)
     assert found["leader_partial_derivative"] < 2e-3
     assert found["total_derivative"] > 0.3
-    assert found["return"] < end(game, Rule(Exact, None), 200)["return"] - 1
+    assert found["return"] < end(game, Rule(undamped, None), 200)["return"] - 1
 
 
 def test_a_bound_above_one_does_not_move_the_equilibrium():

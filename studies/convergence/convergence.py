@@ -168,6 +168,11 @@ class Rule:
     bound: float | None = None
 
 
+def undamped() -> IHVPSolver:
+    """The exact product at ρ = 0, with which the hypergradient is the total derivative."""
+    return Exact(damping=0.0)
+
+
 def _nystrom(rank: int, damping: float, shift: float = 0.0) -> Callable[[], IHVPSolver]:
     return lambda: Nystrom(rank, damping, shift)
 
@@ -176,7 +181,7 @@ def rules(p: int) -> dict[str, Rule]:
     """The rules compared, for a critic of p parameters."""
     accurate = _nystrom(p, 1e-6)
     return {
-        "exact, w = w*(θ)": Rule(Exact, None),
+        "exact, w = w*(θ)": Rule(undamped, None),
         "Nyström k = p, ρ = 1e-6, N = 10": Rule(accurate, 10),
         "Nyström k = p, ρ = 1e-6, N = 1": Rule(accurate, 1),
         f"Nyström k = {p - 1}, ρ = 0.1, N = 10": Rule(_nystrom(p - 1, 0.1), 10),
@@ -285,7 +290,7 @@ def gradient_errors(game: Game, generator: np.random.Generator) -> dict[str, flo
     theta = torch.as_tensor(generator.normal(size=NUM_STATES))
     w, expected = game.best_response(theta), finite_differences(game.total, theta)
     p = len(w)
-    solvers = {"exact": Exact(damping=0.0), "nystrom, k = p, ρ = 1e-6": Nystrom(p, 1e-6, 0.0)}
+    solvers = {"exact": undamped(), "nystrom, k = p, ρ = 1e-6": Nystrom(p, 1e-6, 0.0)}
     return {
         name: float((hypergradient(game, theta, w, solver, generator) - expected).norm() / expected.norm())
         for name, solver in solvers.items()
