@@ -47,7 +47,7 @@ def check_task(task: str, options: dict[str, Any]) -> Any:
     if task not in envpool.list_all_envs():
         tasks = envpool.list_all_envs()
         similar = sorted(t for t in tasks if t.split("-")[0].lower() == task.split("-")[0].lower())
-        close = get_close_matches(task, tasks, n=3)
+        close = get_close_matches(task, tasks, n=3, cutoff=0.8)
         if similar:
             hint = f"it has {', '.join(similar)}."
         elif close:
