@@ -233,7 +233,7 @@ class TestFrozen:
         players = learner.players_of(MODULE)
         smaller = size - (OBS_SIZE + 1) * 6
         assert sum(p.numel() for p in players.critic_parameters) == smaller
-        assert learner._bilevel_updates[MODULE]._solver.columns.max() < smaller
+        assert learner._bilevel_updates[MODULE]._solver.coordinates.max() < smaller
         # The others' moments go on from where they were, and those of the frozen wait.
         steps = {
             name: float(learner.get_optimizer(MODULE, ACTOR_OPTIMIZER).state[p]["step"])
