@@ -115,7 +115,7 @@ def test_refused_job(run, capsys):
 
 def test_unknown_example(run, capsys):
     assert run(None, "hoper") == 2
-    assert "unknown example 'hoper': choose one of acrobot, cartpole, " in capsys.readouterr().err
+    assert "unknown example 'hoper': choose one of acrobot, ant, " in capsys.readouterr().err
 
 
 def test_no_server_at_the_address():

@@ -15,7 +15,7 @@ from blpo_rllib.core.minibatch import UpdateSettings
 from blpo_rllib.sweep.records import TrialFiles
 from studies.convergence.convergence import NUM_STATES, Game, finite_differences
 from studies.understanding import understanding, variants
-from studies.understanding.cross_term import exact_mixed_product, expected_hypergradient
+from studies.understanding.cross_term import ExpectedAdvantage, exact_mixed_product, expected_hypergradient
 from studies.understanding.variants import DIRECTIONS, redirected
 
 # The published cross term, in expectation.
@@ -24,6 +24,15 @@ from studies.understanding.variants import DIRECTIONS, redirected
 @pytest.fixture
 def theta():
     return torch.as_tensor(np.random.default_rng(0).normal(size=NUM_STATES))
+
+
+def test_expected_advantages_are_linear_and_invertible_in_the_rewards(theta):
+    game = Game.random(NUM_STATES, seed=2)
+    operator = ExpectedAdvantage(game, theta, 0.95)
+    rewards, nothing = game.rewards.view(1, -1), torch.zeros_like(game.rewards.view(1, -1))
+    adv = operator.scaled(torch.tensor(3.0)).advantages(rewards, nothing)
+    torch.testing.assert_close(adv, 3 * operator.advantages(rewards, nothing))
+    torch.testing.assert_close(operator.inverse(adv), 3 * rewards)
 
 
 def corrections(game, theta, lambda_):

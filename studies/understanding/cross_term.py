@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,7 @@ class ExpectedAdvantage(AdvantageOperator):
     game: Game
     theta: Tensor
     lambda_: float
+    factor: Tensor | float = 1.0
 
     def advantages(self, rewards: Tensor, values: Tensor) -> Tensor:
         game, policy = self.game, self.game.policy(self.theta)
@@ -60,13 +61,21 @@ class ExpectedAdvantage(AdvantageOperator):
         difference = (policy * r).sum(1) + game.gamma * chain @ v - v
         resolvent = torch.eye(NUM_STATES, dtype=v.dtype) - game.gamma * self.lambda_ * chain
         onward = v + self.lambda_ * torch.linalg.solve(resolvent, difference)
-        return (r + game.gamma * game.transitions @ onward - v[:, None]).view_as(values)
+        return self.factor * (r + game.gamma * game.transitions @ onward - v[:, None]).view_as(values)
 
     def tangent(self, values: Tensor) -> Tensor:
         return self.advantages(torch.zeros_like(values), values)
 
     def adjoint(self, y: Tensor) -> Tensor:
         return torch.func.vjp(self.tangent, torch.zeros_like(y))[1](y)[0]
+
+    def inverse(self, advantages: Tensor) -> Tensor:
+        nothing = torch.zeros_like(advantages)
+        matrix = torch.func.jacrev(lambda rewards: self.advantages(rewards, nothing).flatten())(nothing)
+        return torch.linalg.solve(matrix.flatten(1), advantages.flatten()).view_as(advantages)
+
+    def scaled(self, factor: Tensor) -> ExpectedAdvantage:
+        return replace(self, factor=factor * self.factor)
 
     @property
     def tensors(self) -> list[Tensor]:
