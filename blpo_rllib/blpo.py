@@ -30,6 +30,7 @@ from blpo_rllib.core.advantages import REFRESHES
 from blpo_rllib.core.curvature import CURVATURES, Curvature
 from blpo_rllib.core.hypergradient import CORRECTION_SAMPLES, CROSS_REDUCTIONS
 from blpo_rllib.core.ihvp import IHVPSolver
+from blpo_rllib.learning.learner import BLPOTorchLearner
 from blpo_rllib.learning.players import RLModulePlayers, check_module_class
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule, adapted
 from blpo_rllib.learning.separate import separated
@@ -296,8 +297,6 @@ class BLPOConfig(PPOConfig):
 
     @override(PPOConfig)
     def get_default_learner_class(self) -> type:
-        from blpo_rllib.learning.learner import BLPOTorchLearner
-
         return BLPOTorchLearner
 
     @property
@@ -461,8 +460,6 @@ class BLPOConfig(PPOConfig):
                 )
 
     def _validate_learner_class(self) -> None:
-        from blpo_rllib.learning.learner import BLPOTorchLearner
-
         if not issubclass(self.learner_class, BLPOTorchLearner):
             self._value_error(
                 f"learner_class={self.learner_class.__name__} does not run BLPO's update but its own: derive it from "

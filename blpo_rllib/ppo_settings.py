@@ -9,20 +9,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ray.rllib.policy.policy import PolicySpec
 from ray.rllib.utils.typing import LearningRateOrSchedule
 
-from blpo_rllib.solver_settings import NYSTROM_FIELDS, OLD_FIELDS, fields_without_effect
-
-if TYPE_CHECKING:
-    from blpo_rllib.blpo import BLPOConfig
+from blpo_rllib.solver_settings import NYSTROM_FIELDS, OLD_FIELDS, SolverFields, fields_without_effect
 
 CRITIC_RATE_FACTOR = 4
 
 # Old names in configuration dicts, which RLlib stores and does not read.
 RENAMED = {"num_sgd_iter": "num_epochs", "sgd_minibatch_size": "minibatch_size"}
+
+
+class PPOFields(SolverFields, Protocol):
+    """The fields of a :class:`~blpo_rllib.blpo.BLPOConfig` that are read here; others are found by their names."""
+
+    lr: LearningRateOrSchedule | None
+    use_kl_loss: bool
+
+    def get_actor_lr(self) -> LearningRateOrSchedule: ...
+
+    def get_critic_lr(self) -> LearningRateOrSchedule: ...
 
 
 class Fate(StrEnum):
@@ -140,7 +148,7 @@ def times(factor: float, rate: LearningRateOrSchedule) -> LearningRateOrSchedule
     return factor * rate
 
 
-def refusals(config: BLPOConfig) -> list[str]:
+def refusals(config: PPOFields) -> list[str]:
     """Why settings cannot be taken, one sentence each."""
     return [
         f"{row.name}={getattr(config, row.name)!r} has no meaning for BLPO: {row.meaning}"
@@ -149,7 +157,7 @@ def refusals(config: BLPOConfig) -> list[str]:
     ]
 
 
-def notices(config: BLPOConfig) -> list[str]:
+def notices(config: PPOFields) -> list[str]:
     """What becomes of settings that BLPO takes otherwise than PPO does, one sentence each."""
     return [
         *_left_aside(config),
@@ -158,7 +166,7 @@ def notices(config: BLPOConfig) -> list[str]:
     ]
 
 
-def _left_aside(config: BLPOConfig) -> list[str]:
+def _left_aside(config: PPOFields) -> list[str]:
     return [
         f"{row.name}={getattr(config, row.name)!r} is left aside: {row.meaning}"
         for row in SETTINGS
@@ -168,13 +176,13 @@ def _left_aside(config: BLPOConfig) -> list[str]:
     ]
 
 
-def _learning_rates(config: BLPOConfig) -> list[str]:
+def _learning_rates(config: PPOFields) -> list[str]:
     if config.lr is None:
         return []
     return [f"lr={config.lr!r} stands for actor_lr={config.get_actor_lr()!r}, critic_lr={config.get_critic_lr()!r}"]
 
 
-def _without_effect(config: BLPOConfig) -> list[str]:
+def _without_effect(config: PPOFields) -> list[str]:
     """Options that were set and need another one to have an effect."""
     found = []
     penalty = [name for name in ("kl_coeff", "kl_target") if name in config.set_by_user and getattr(config, name)]
@@ -192,11 +200,11 @@ def _without_effect(config: BLPOConfig) -> list[str]:
     return found
 
 
-def _assignments(config: BLPOConfig, names: Sequence[str]) -> str:
+def _assignments(config: PPOFields, names: Sequence[str]) -> str:
     return ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
 
 
-def unknown_settings(config: BLPOConfig, known: set[str]) -> list[str]:
+def unknown_settings(config: PPOFields, known: set[str]) -> list[str]:
     """Names that a configuration dict brought and nothing reads, one sentence each."""
     found = []
     for name in sorted(config.set_by_user - known):

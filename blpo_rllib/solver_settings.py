@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from blpo_rllib.core.ihvp import IHVP_SOLVERS, IHVPSolver, Nystrom
 
-if TYPE_CHECKING:
-    from blpo_rllib.blpo import BLPOConfig
-
 # Nystrom's arguments that are fields of the configuration, because sweeps vary them.
 NYSTROM_FIELDS = {"nystrom_rank": "rank", "nystrom_damping": "damping"}
+
+
+class SolverFields(Protocol):
+    """The fields of a :class:`~blpo_rllib.blpo.BLPOConfig` that are read here; others are found by their names.
+
+    Attributes:
+        hypergradient: A solver or its name.
+        set_by_user: Names of the fields that somebody has set.
+    """
+
+    hypergradient: str | IHVPSolver
+    set_by_user: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ def warn_of_old_field(name: str, value: Any) -> None:
     )
 
 
-def solver_of(config: BLPOConfig) -> IHVPSolver | None:
+def solver_of(config: SolverFields) -> IHVPSolver | None:
     """The solver that ``config.hypergradient`` names or is; None for nested PPO.
 
     ``nystrom_rank`` and ``nystrom_damping`` hold for the name "nystrom", and, where somebody has set them, for a
@@ -81,7 +90,7 @@ def solver_of(config: BLPOConfig) -> IHVPSolver | None:
     return IHVP_SOLVERS[chosen](**options)
 
 
-def _with_fields(solver: IHVPSolver, config: BLPOConfig) -> IHVPSolver:
+def _with_fields(solver: IHVPSolver, config: SolverFields) -> IHVPSolver:
     # A subclass may take its arguments otherwise.
     if type(solver) is not Nystrom or not NYSTROM_FIELDS.keys() & config.set_by_user:
         return solver
@@ -90,7 +99,7 @@ def _with_fields(solver: IHVPSolver, config: BLPOConfig) -> IHVPSolver:
     return Nystrom(**options, core_shift=solver.core_shift, redraw=solver.redraw)
 
 
-def fields_without_effect(config: BLPOConfig) -> dict[str, list[str]]:
+def fields_without_effect(config: SolverFields) -> dict[str, list[str]]:
     """The fields that somebody has set and the chosen solver does not read, by the solver that they belong to."""
     fields = dict.fromkeys(NYSTROM_FIELDS, "nystrom")
     # Configurations of version 0.1.0 have all of the old fields.

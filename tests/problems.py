@@ -10,10 +10,10 @@ from torch import nn
 from blpo_rllib.core import native
 from blpo_rllib.core.curvature import CriticLoss
 from blpo_rllib.core.gae import Masks, advantage_operator
-from blpo_rllib.core.minibatch import Players
 from blpo_rllib.core.mlp import MLP, MLPActorPass
 from blpo_rllib.core.mlp_native import critic_pass, forward_pass
 from blpo_rllib.core.networks import ActorPass, AutogradActorPass, AutogradCriticPass
+from blpo_rllib.core.players import Players
 from blpo_rllib.core.policy_heads import AutogradTerms, GaussianTerms
 from blpo_rllib.core.segments import SegmentBatch
 

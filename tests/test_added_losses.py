@@ -9,8 +9,8 @@ from blpo_rllib.core.added_losses import AddedCurvature, AddedLosses, AddedTerms
 from blpo_rllib.core.curvature import GaussNewton, Hessian
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss, hypergradient
 from blpo_rllib.core.ihvp import Exact, Nystrom
-from blpo_rllib.core.minibatch import Minibatch
 from blpo_rllib.core.networks import flatten
+from blpo_rllib.core.players import Minibatch
 from blpo_rllib.core.reduction import Reduction
 
 NONE = Reduction()

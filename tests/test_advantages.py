@@ -17,8 +17,8 @@ from test_update import SETTINGS, make, twins
 from blpo_rllib.core.advantages import AdvantageRule, anchored, full_advantages
 from blpo_rllib.core.hypergradient import Correction, Surrogate, leader_critic_gradient, log_probability_ratio
 from blpo_rllib.core.ihvp import Nystrom
-from blpo_rllib.core.minibatch import Minibatch
 from blpo_rllib.core.networks import flatten
+from blpo_rllib.core.players import Minibatch
 from blpo_rllib.core.reduction import Reduction
 
 NONE = Reduction()

@@ -1,6 +1,7 @@
 """What the package declares is what it imports, and without its extras it says which one is missing."""
 
 import ast
+import graphlib
 import json
 import re
 import subprocess
@@ -66,6 +67,31 @@ def test_package_imports_what_it_declares(path):
             assert distribution in names(EXTRAS[extra]), f"the extra {extra} does not install {distribution}"
         else:
             assert distribution in CORE | names(EXTRAS["dev"]), f"{distribution} is not declared"
+
+
+def own_imports(path):
+    """The modules of the package that a file imports, those for types alone and those within functions among them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "blpo_rllib":
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+
+
+MODULES = {
+    str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): p
+    for p in (ROOT / "blpo_rllib").rglob("*.py")
+}
+
+
+def test_imports_go_one_way():
+    graph = {name: set(own_imports(path)) for name, path in MODULES.items()}
+    assert {"blpo_rllib.core.update", "blpo_rllib.learning.hooks"} <= graph["blpo_rllib.learning.learner"]
+    # Raises CycleError, with the modules, if there is a circle.
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert order.index("blpo_rllib.core.gae") < order.index("blpo_rllib.blpo")
 
 
 @pytest.mark.parametrize("folder", ["benchmarks", "cluster", "docs", "studies", "tests", "tuned_examples"])

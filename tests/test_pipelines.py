@@ -17,7 +17,7 @@ from ray.rllib.connectors.learner.frame_stacking import FrameStackingLearner
 from ray.rllib.core import DEFAULT_MODULE_ID
 
 from blpo_rllib import BLPOConfig
-from blpo_rllib.core.minibatch import slots
+from blpo_rllib.core.players import slots
 from blpo_rllib.sampling.env_runner import BatchedEnvRunner
 
 LSTM = {"use_lstm": True, "lstm_cell_size": 6, "fcnet_hiddens": [5], "max_seq_len": 5}

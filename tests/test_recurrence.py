@@ -25,8 +25,8 @@ from blpo_rllib.core.curvature import CriticLoss, Hessian
 from blpo_rllib.core.gae import BlockwiseAdvantage, Masks
 from blpo_rllib.core.hypergradient import Correction, LeaderLoss, hypergradient
 from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom
-from blpo_rllib.core.minibatch import slots
 from blpo_rllib.core.networks import flatten, unflatten
+from blpo_rllib.core.players import slots
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentBatch, SegmentPlan, layout_segments
 from blpo_rllib.core.update import BilevelUpdate

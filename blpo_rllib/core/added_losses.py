@@ -9,17 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from blpo_rllib.core.curvature import Curvature
 from blpo_rllib.core.networks import Coordinates, flatten
+from blpo_rllib.core.players import Minibatch, Players
 from blpo_rllib.core.reduction import Reduction
-
-if TYPE_CHECKING:
-    from blpo_rllib.core.minibatch import Minibatch, Players
 
 
 class AddedLosses(ABC):

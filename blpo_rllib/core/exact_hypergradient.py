@@ -13,8 +13,9 @@ from torch import Tensor
 from blpo_rllib.core.curvature import CriticLoss, Curvature
 from blpo_rllib.core.hypergradient import Hypergradient, hypergradient
 from blpo_rllib.core.ihvp import Exact, IHVPSolver
-from blpo_rllib.core.minibatch import Minibatch, Players, UpdateSettings, slots
+from blpo_rllib.core.minibatch import UpdateSettings
 from blpo_rllib.core.networks import Coordinates
+from blpo_rllib.core.players import Minibatch, Players, slots
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentBatch
 

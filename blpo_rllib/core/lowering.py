@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Number
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from blpo_rllib.core.recording import Recorder
 
 aten = torch.ops.aten
 
 
 class CannotRecordError(Exception):
     """An operation has no compiled counterpart, or reads memory that is not known to stay."""
+
+
+class Recorder(Protocol):
+    """What writes down calls of compiled functions: :class:`blpo_rllib.core.recording.Recorder`."""
+
+    def call(self, name: str, *args: Any) -> None:
+        """Writes down a call of the function ``name``."""
 
 
 def _pointwise(recorder: Recorder, name: str, out: Tensor, *operands: Tensor, s: Any = 0.0, t: Any = 0.0) -> None:

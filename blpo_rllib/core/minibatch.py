@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
-import tree
 from torch import Tensor
 
 from blpo_rllib.core.adam import AdamSteps
@@ -18,34 +15,9 @@ from blpo_rllib.core.advantages import AdvantageRule
 from blpo_rllib.core.curvature import CriticLoss, Curvature
 from blpo_rllib.core.hypergradient import Correction, Hypergradient, LeaderLoss, hypergradient
 from blpo_rllib.core.ihvp import IHVPSolver
-from blpo_rllib.core.networks import ActorPass, Coordinates, CriticPass
+from blpo_rllib.core.networks import ActorPass, Coordinates
+from blpo_rllib.core.players import Minibatch, Players
 from blpo_rllib.core.reduction import Reduction
-from blpo_rllib.core.segments import SegmentBatch
-
-
-class Players(ABC):
-    """A leader and a follower with no parameter in common.
-
-    Attributes:
-        replayable: Whether each pass takes the same operations on tensors and leaves nothing behind, so that they can
-            be recorded once (:mod:`blpo_rllib.core.replay`).
-    """
-
-    replayable: bool = False
-    actor_parameters: list[Tensor]
-    critic_parameters: list[Tensor]
-
-    @abstractmethod
-    def critic(self, obs: Any) -> CriticPass:
-        """The critic at observations [n, ...]."""
-
-    @abstractmethod
-    def actor(self, obs: Any, actions: Any, old_dist_inputs: Tensor | None) -> ActorPass:
-        """The actor at observations [n, ...]; with the KL divergence if ``old_dist_inputs`` [n, d] are given."""
-
-    def coordinates(self, indices: np.ndarray) -> Coordinates:
-        """Coordinates of the critic's flat vector, int64 [k], in the form in which its passes take them."""
-        return Coordinates.of(indices, self.critic_parameters[0].device)
 
 
 @dataclass(frozen=True)
@@ -175,41 +147,6 @@ class MinibatchMetrics:
         )
 
 
-@dataclass(frozen=True)
-class Minibatch:
-    """B segments of S slots, n = B·S slots in all.
-
-    Attributes:
-        segments: The segments [B, S, ...].
-        targets: Value targets [B, S].
-        weights: m [B, S]: 1 over the number of steps in the minibatch, on all processes, on steps; 0 elsewhere.
-    """
-
-    segments: SegmentBatch
-    targets: Tensor
-    weights: Tensor
-
-    @classmethod
-    def of(cls, segments: SegmentBatch, targets: Tensor, num_steps: Tensor) -> Minibatch:
-        """The minibatch made of these segments; ``num_steps`` (a scalar) counts those of all processes."""
-        return cls(segments, targets, segments.step / num_steps)
-
-    @property
-    def obs(self) -> Any:
-        """Observations slot by slot, [n, ...]."""
-        return slots(self.segments.obs)
-
-    @property
-    def actions(self) -> Any:
-        """Actions slot by slot, [n, ...]."""
-        return slots(self.segments.actions)
-
-    @property
-    def old_dist_inputs(self) -> Tensor:
-        """Inputs of the old policy's distribution slot by slot, [n, d]."""
-        return slots(self.segments.old_dist_inputs)
-
-
 class MinibatchResult(NamedTuple):
     """What the update of one minibatch reports.
 
@@ -222,13 +159,6 @@ class MinibatchResult(NamedTuple):
     metrics: MinibatchMetrics
     grad_critic: Tensor
     ihvp: Tensor
-
-
-def slots(nested: Any) -> Any:
-    """Merges the two leading axes [B, S] of every tensor."""
-    if isinstance(nested, Tensor):
-        return nested.flatten(0, 1)
-    return tree.map_structure(slots, nested)
 
 
 Postprocess = Callable[[str, Tensor], Tensor]

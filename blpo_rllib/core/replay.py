@@ -12,9 +12,10 @@ from torch import Tensor
 
 from blpo_rllib.core.adam import AdamSteps
 from blpo_rllib.core.hypergradient import Hypergradient
-from blpo_rllib.core.minibatch import Minibatch, MinibatchMetrics, MinibatchResult, MinibatchUpdate, UpdateSettings
+from blpo_rllib.core.minibatch import MinibatchMetrics, MinibatchResult, MinibatchUpdate, UpdateSettings
 from blpo_rllib.core.native import Kernels, pack
 from blpo_rllib.core.networks import Coordinates
+from blpo_rllib.core.players import Minibatch
 from blpo_rllib.core.recording import Recorder, Replay
 from blpo_rllib.core.segments import SegmentBatch
 

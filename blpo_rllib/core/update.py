@@ -20,19 +20,17 @@ from blpo_rllib.core.hypergradient import Hypergradient
 from blpo_rllib.core.ihvp import IHVPSolver
 from blpo_rllib.core.minibatch import (
     Counts,
-    Minibatch,
     MinibatchMeans,
     MinibatchMetrics,
     MinibatchResult,
     MinibatchUpdate,
-    Players,
     Postprocess,
     StepMeans,
     UpdateSettings,
-    slots,
 )
 from blpo_rllib.core.native import Kernels
 from blpo_rllib.core.networks import Coordinates
+from blpo_rllib.core.players import Minibatch, Players, slots
 from blpo_rllib.core.recording import CannotRecordError
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.replay import ReplayedUpdate

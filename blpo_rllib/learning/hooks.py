@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from ray.rllib.core.columns import Columns
@@ -11,12 +11,9 @@ from ray.rllib.evaluation.postprocessing import Postprocessing
 from torch import Tensor
 
 from blpo_rllib.core.added_losses import AddedLosses
-from blpo_rllib.core.minibatch import Minibatch
 from blpo_rllib.core.networks import flatten, unflatten
+from blpo_rllib.core.players import Minibatch
 from blpo_rllib.learning.players import RLModulePlayers, batch_of
-
-if TYPE_CHECKING:
-    from blpo_rllib.learning.learner import BLPOTorchLearner
 
 _LOSSES = "compute_leader_loss_for_module(), compute_follower_loss_for_module() or compute_loss_for_module()"
 
@@ -32,6 +29,18 @@ WITHOUT_MEANING = {
 }
 
 
+class HookedLearner(Protocol):
+    """What is asked of a :class:`~blpo_rllib.learning.learner.BLPOTorchLearner` here, beside the methods of losses."""
+
+    config: Any
+
+    def players_of(self, module_id: str) -> RLModulePlayers: ...
+
+    def postprocess_gradients_for_module(
+        self, *, module_id: str, config: Any, module_gradients_dict: dict[Tensor, Tensor]
+    ) -> dict[Tensor, Tensor]: ...
+
+
 class LearnerLosses(AddedLosses):
     """What a learner's methods add to the objectives of one module.
 
@@ -41,7 +50,7 @@ class LearnerLosses(AddedLosses):
         names: Of the methods that a subclass has overridden.
     """
 
-    def __init__(self, learner: BLPOTorchLearner, module_id: str, names: set[str]):
+    def __init__(self, learner: HookedLearner, module_id: str, names: set[str]):
         self._learner, self._module_id, self._names = learner, module_id, names
 
     def leader(self, batch: Minibatch) -> Tensor | None:
@@ -92,7 +101,7 @@ def _columns(minibatch: Minibatch, players: RLModulePlayers) -> dict[str, Any]:
     }
 
 
-def postprocessed(learner: BLPOTorchLearner, module_id: str, player: str, gradient: Tensor) -> Tensor:
+def postprocessed(learner: HookedLearner, module_id: str, player: str, gradient: Tensor) -> Tensor:
     """A player's direction [n] as ``postprocess_gradients_for_module`` leaves it."""
     players = learner.players_of(module_id)
     parameters = players.actor_parameters if player == "actor" else players.critic_parameters

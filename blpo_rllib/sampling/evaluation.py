@@ -5,16 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tree
+from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.connectors.env_to_module import MeanStdFilter
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 
 from blpo_rllib import rllib_private
-
-if TYPE_CHECKING:
-    from ray.rllib.algorithms.algorithm import Algorithm
 
 
 class OneEpisodeEach:
