@@ -1,8 +1,10 @@
-"""The one module that touches private names of Ray and RLlib: what each is for, and where Ray defines it.
+"""Declares which private names of Ray the package relies on, and reaches those that are not inherited.
 
-Ray changes private names without notice. :data:`NAMES` declares all that the package relies on; ``make private-names``
-lists uses that are not declared, and ``tests/test_private_names.py`` fails for each that Ray no longer has. Names on
-other objects are reached through the functions below. Subclasses of RLlib's classes use the names that they inherit.
+Ray changes private names without notice. :data:`NAMES` has each of them, with where Ray defines it and what the package
+uses it for. Only the functions below touch private names of objects of Ray's. A subclass of one of Ray's classes cannot
+but use, and replace, private names that it inherits: it does so as ``self._name``, where the class is declared here.
+``make private-names`` lists where, and ``tests/test_private_names.py`` fails for a use that is not declared and for a
+name that Ray no longer has.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ __all__ = [
     "running_filter",
     "set_updating",
     "take_older_weights",
+    "training_pass",
     "wandb_queue_items",
 ]
 
@@ -96,7 +99,7 @@ NAMES = (
     PrivateName("_force_on_current_node", "ray.air.util.node", "a W&B run's process is on Tune's node"),
     # The process of a W&B run imports nothing of this package.
     PrivateName("_run_wandb_process_run_info_hook", "ray.air.integrations.wandb", "Ray's hook for W&B runs"),
-    # Inherited by our subclasses of Ray's classes.
+    # Inherited by our subclasses of Ray's classes, which use them or have methods in their place.
     *(
         PrivateName(name, _RUNNER, purpose)
         for name, purpose in {
@@ -122,6 +125,9 @@ NAMES = (
     PrivateName(
         "_try_env_step", "ray.rllib.env.env_runner:EnvRunner", "a step, or a restart of environments that fail"
     ),
+    PrivateName("_seed", "ray.rllib.env.env_runner:EnvRunner", "an evaluation's own starts of episodes"),
+    PrivateName("_update", _LEARNER, "replaced: BLPO's update in place of a loss and its gradients"),
+    PrivateName("_create_iterator_if_necessary", _LEARNER, "replaced: a batch of segments is not cut into minibatches"),
     PrivateName("_check_component", _LEARNER, "which parts of the state are asked for"),
     PrivateName("_get_optimizer_lr", _TORCH_LEARNER, "learning rates as metrics"),
     PrivateName("_learner_connector", _LEARNER, "connectors from episodes to segments"),
@@ -136,7 +142,18 @@ NAMES = (
         "ray.rllib.algorithms.algorithm_config:AlgorithmConfig",
         "settings of modules, for checks",
     ),
+    PrivateName(
+        "_model_config_auto_includes",
+        "ray.rllib.algorithms.algorithm_config:AlgorithmConfig",
+        "replaced: the published networks as defaults",
+    ),
     PrivateName("_value_error", "ray.rllib.algorithms.algorithm_config:AlgorithmConfig", "errors of validation"),
+    PrivateName("_before_evaluate", "ray.rllib.algorithms.algorithm:Algorithm", "replaced: the training's statistics"),
+    PrivateName("_forward", "ray.rllib.core.models.base:Model", "replaced: a log-std for sequences of steps"),
+    *(
+        PrivateName(name, "ray.rllib.core.rl_module.rl_module:RLModule", "replaced, as RLlib asks of modules")
+        for name in ("_forward_exploration", "_forward_inference", "_forward_train")
+    ),
     PrivateName("_model_config_dict", "ray.rllib.core.models.catalog:Catalog", "settings of the networks"),
     *(
         PrivateName(name, _WANDB, "a W&B run's process in place of Ray's")
@@ -176,6 +193,11 @@ def take_older_weights(worker: Any) -> None:
 def full_model_config(spec: Any) -> dict[str, Any]:
     """The model config of a module's specification as a dictionary."""
     return spec._get_model_config()
+
+
+def training_pass(module_class: type) -> Callable[..., Any] | None:
+    """What a module class does in a training pass, to tell whether it is another's; None if it has no such pass."""
+    return getattr(module_class, "_forward_train", None)
 
 
 def lr_scheduler_makers(config: Any) -> Any:

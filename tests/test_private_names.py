@@ -1,11 +1,14 @@
 """Ray still has the private names that the package relies on, and the package uses no others."""
 
+import ast
 import importlib
 import inspect
 import re
+from types import ModuleType
 
 import private_names
 import pytest
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
 from blpo_rllib.rllib_private import NAMES
 
@@ -35,27 +38,67 @@ def test_ray_has_the_name(private):
 
 
 def test_a_missing_name_is_noticed():
-    from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
-
     assert not exists(SingleAgentEnvRunner, "_ongoing_episode")
     assert not exists(SingleAgentEnvRunner, "_no_such_name")
 
 
 def test_no_private_name_of_ray_is_used_without_being_declared():
-    found = private_names.undeclared()
-    assert found == [], "\n".join(f"{path}:{line}: {name}" for path, line, name in found)
+    found = private_names.undeclared(private_names.uses())
+    assert found == [], "\n".join(map(str, found))
+    # Names of private modules aside, through which the adapter imports.
+    touched = private_names.names_in_adapter() - {"_common", "_internal"}
+    assert touched <= {name.name for name in NAMES}
+
+
+def test_every_declared_name_is_used():
+    used = {(use.name, owner) for use in private_names.uses() for owner in use.owners}
+    touched = private_names.names_in_adapter() | {"DEPRECATED_VALUE"}
+    assert [name for name in NAMES if (name.name, name.owner) not in used and name.name not in touched] == []
+
+
+# Of the names of RLlib's EnvRunner, the adapter declares _ongoing_episodes and _new_episode alone.
+UNDECLARED = """
+from ray.rllib._package import _imported
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+
+
+class Own(SingleAgentEnvRunner):
+    _time_after_sampling: float
+
+    def sample(self, other):
+        self._own = self._ongoing_episodes, self._time_after_sampling
+        self._try_env_reset(), super()._log_episode_metrics(), self._nobodys
+        return other._secret, getattr(other, "_hidden"), other._ongoing_episodes
+
+    def _reset_envs(self, *args): ...
+
+    def _new_episode(self, *args): ...
+"""
 
 
 def test_undeclared_names_are_found(monkeypatch):
-    import ast
+    tree, module = ast.parse(UNDECLARED), ModuleType("own")
+    module.Own = type("Own", (SingleAgentEnvRunner,), {})
+    monkeypatch.setattr(private_names, "sources", lambda: {"own.py": (tree, module)})
+    found = {(use.name, use.kind) for use in private_names.undeclared(private_names.uses())}
+    assert found == {
+        ("_package", "imported"),
+        ("_imported", "imported"),
+        # Although the class says that it has it.
+        ("_time_after_sampling", "inherited"),
+        ("_try_env_reset", "inherited"),
+        ("_log_episode_metrics", "inherited"),
+        ("_reset_envs", "replaced"),
+        ("_nobodys", "on another object"),
+        ("_secret", "on another object"),
+        ("_hidden", "on another object"),
+        ("_ongoing_episodes", "on another object"),
+    }
 
-    tree = ast.parse(
-        "from ray.x._y import _z\nclass A(B):\n    def f(self, o):\n        return o._secret, self._inherited\n"
-    )
-    monkeypatch.setattr(private_names, "sources", lambda: {"a.py": tree})
-    assert {name.split()[-1] for _, _, name in private_names.undeclared()} == {"_y", "_z", "_secret", "_inherited"}
 
-
-def test_replaced_methods_are_listed_apart():
-    listed = {text.split(" of ")[0] for _, _, text in private_names.overrides()}
-    assert {"BatchedEnvRunner._sample", "GroupedWandb._start_logging_actor"} <= listed
+def test_methods_that_replace_rays_are_uses_too():
+    found = {(use.path, use.name) for use in private_names.uses() if use.kind == "replaced"}
+    assert {
+        ("blpo_rllib/sampling/env_runner.py", "_sample"),
+        ("blpo_rllib/experiments/tracking.py", "_start_logging_actor"),
+    } <= found

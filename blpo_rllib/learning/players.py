@@ -19,14 +19,15 @@ from ray.rllib.utils.numpy import convert_to_numpy
 from ray.rllib.utils.spaces.space_utils import get_dummy_batch_for_space
 from torch import Tensor
 
-from blpo_rllib.core.minibatch import Players
 from blpo_rllib.core.mlp import MLP, MLPActorPass
 from blpo_rllib.core.mlp_native import critic_pass, forward_pass
 from blpo_rllib.core.native import Kernels
 from blpo_rllib.core.networks import ActorPass, AutogradActorPass, AutogradCriticPass, Coordinates, CriticPass
+from blpo_rllib.core.players import Players
 from blpo_rllib.core.policy_heads import AutogradTerms, CategoricalTerms, GaussianTerms, PolicyHead
 from blpo_rllib.learning.recurrence import SlotwiseModule, recurrent_observation, slotwise
 from blpo_rllib.learning.rl_module import BLPOTorchRLModule
+from blpo_rllib.rllib_private import training_pass
 
 
 class RLModulePlayers(Players):
@@ -110,10 +111,7 @@ class RLModulePlayers(Players):
         if mlp is not None and _same(mlp.parameters, self.critic_members):
             self.critic_members = mlp.parameters
             self._critic_mlp = mlp if _all_trainable(self.critic_members) else None
-        default_policy = getattr(cls, "_forward_train", None) in (
-            BLPOTorchRLModule._forward_train,
-            DefaultPPOTorchRLModule._forward_train,
-        )
+        default_policy = training_pass(cls) in map(training_pass, (BLPOTorchRLModule, DefaultPPOTorchRLModule))
         mlp = perceptron(getattr(encoder, "actor_encoder", None), self._module.pi) if default_policy else None
         if mlp is not None:
             log_std = getattr(self._module.pi, "log_std", None)
