@@ -28,7 +28,7 @@ from blpo_rllib.core.ihvp import Exact, Nystrom
 from blpo_rllib.core.minibatch import UpdateSettings
 from blpo_rllib.experiments.metrics import ENV_STEPS, EPISODE_RETURN, EPISODES
 from blpo_rllib.experiments.progress import RichReporter
-from blpo_rllib.experiments.tracking import trackers
+from blpo_rllib.experiments.tracking import git_revision, trackers
 from blpo_rllib.sweep import SweepPlan, TrialFiles, report, run_sweep
 from blpo_rllib.sweep.fidelity import measure_fidelity
 from blpo_rllib.sweep.records import FAILED, FINISHED, STOPPED
@@ -273,7 +273,7 @@ def test_wandb_run_holds_config_history_summary_and_group(swept):
     assert {"BLPO", "cartpole", swept["plan"].name} <= set(run.run.tags)
     assert run.config["nystrom_damping"] == 0.5
     assert run.config["algorithm"] == "BLPO"
-    assert len(run.config["git_revision"]) >= 40
+    assert run.config["git_revision"] == git_revision()
     assert len(run.history) == len(rows) > 0
     for logged, expected in zip(run.history, rows):
         for key in expected.keys() - NOT_METRICS:
