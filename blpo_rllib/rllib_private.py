@@ -28,8 +28,10 @@ __all__ = [
     "PrivateName",
     "TrainingResult",
     "all_filters",
+    "common_pass",
     "count_episodes",
     "env_to_module_pipeline",
+    "exploration_pass",
     "freeze",
     "full_model_config",
     "is_multi_agent",
@@ -63,6 +65,8 @@ class PrivateName:
     purpose: str
 
 
+_CONFIG = "ray.rllib.algorithms.algorithm_config:AlgorithmConfig"
+_MODULE = "ray.rllib.core.rl_module.rl_module:RLModule"
 _RUNNER = "ray.rllib.env.single_agent_env_runner:SingleAgentEnvRunner"
 _EPISODE = "ray.rllib.env.single_agent_episode:SingleAgentEpisode"
 _LEARNER = "ray.rllib.core.learner.learner:Learner"
@@ -83,7 +87,9 @@ NAMES = (
     PrivateName(
         "_get_model_config", "ray.rllib.core.rl_module.rl_module:RLModuleSpec", "a module's settings, for checks"
     ),
-    PrivateName("_torch_lr_scheduler_classes", "ray.rllib.algorithms.algorithm_config:AlgorithmConfig", "schedulers"),
+    PrivateName("_torch_lr_scheduler_classes", _CONFIG, "schedulers"),
+    PrivateName("_torch_grad_scaler_class", _CONFIG, "a setting that is refused"),
+    PrivateName("_is_frozen", _CONFIG, "an attribute that is no setting"),
     PrivateName("_update_stats", _FILTER, "statistics that stand still"),
     PrivateName("_multi_agent", _FILTER, "only filters of one agent are batched"),
     PrivateName("_filters", _FILTER, "the statistics, for batched observations"),
@@ -137,22 +143,14 @@ NAMES = (
     PrivateName("_lr_schedulers", _TORCH_LEARNER, "torch's schedulers of both optimizers"),
     PrivateName("_storage", "ray.tune.trainable.trainable:Trainable", "a trial's folder, to go back to its checkpoint"),
     PrivateName("_time_total", "ray.tune.trainable.trainable:Trainable", "training's time, in a checkpoint's seal"),
-    PrivateName(
-        "_per_module_overrides",
-        "ray.rllib.algorithms.algorithm_config:AlgorithmConfig",
-        "settings of modules, for checks",
-    ),
-    PrivateName(
-        "_model_config_auto_includes",
-        "ray.rllib.algorithms.algorithm_config:AlgorithmConfig",
-        "replaced: the published networks as defaults",
-    ),
-    PrivateName("_value_error", "ray.rllib.algorithms.algorithm_config:AlgorithmConfig", "errors of validation"),
+    PrivateName("_per_module_overrides", _CONFIG, "settings of modules, for checks"),
+    PrivateName("_model_config_auto_includes", _CONFIG, "replaced: the published networks as defaults"),
+    PrivateName("_value_error", _CONFIG, "errors of validation"),
     PrivateName("_before_evaluate", "ray.rllib.algorithms.algorithm:Algorithm", "replaced: the training's statistics"),
     PrivateName("_forward", "ray.rllib.core.models.base:Model", "replaced: a log-std for sequences of steps"),
     *(
-        PrivateName(name, "ray.rllib.core.rl_module.rl_module:RLModule", "replaced, as RLlib asks of modules")
-        for name in ("_forward_exploration", "_forward_inference", "_forward_train")
+        PrivateName(name, _MODULE, "replaced, as RLlib asks of modules; to tell default modules")
+        for name in ("_forward", "_forward_exploration", "_forward_inference", "_forward_train")
     ),
     PrivateName("_model_config_dict", "ray.rllib.core.models.catalog:Catalog", "settings of the networks"),
     *(
@@ -198,6 +196,16 @@ def full_model_config(spec: Any) -> dict[str, Any]:
 def training_pass(module_class: type) -> Callable[..., Any] | None:
     """What a module class does in a training pass, to tell whether it is another's; None if it has no such pass."""
     return getattr(module_class, "_forward_train", None)
+
+
+def exploration_pass(module_class: type) -> Callable[..., Any] | None:
+    """The same of a pass for exploring."""
+    return getattr(module_class, "_forward_exploration", None)
+
+
+def common_pass(module_class: type) -> Callable[..., Any] | None:
+    """The same of the pass that stands for all that a class has no method of its own for."""
+    return getattr(module_class, "_forward", None)
 
 
 def lr_scheduler_makers(config: Any) -> Any:

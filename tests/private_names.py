@@ -27,6 +27,9 @@ BY_VALUE = "blpo_rllib/experiments/wandb_process.py"
 # Private names of others than Ray: of named tuples, whose are public, of os, of torch and of cv2.
 NOT_RAYS = {"_fields", "_asdict", "_replace", "_exit", "_dynamo", "_fused_adam_", "_opt_called", "_to_model"}
 
+# Ends of names of metrics.
+OTHER_STRINGS = {"_global_norm"}
+
 
 @dataclass(frozen=True, order=True)
 class Use:
@@ -38,7 +41,7 @@ class Use:
         name: The name.
         owners: Those of Ray's classes that a class of ours inherits the name from, or the module that it is imported
             from; empty on an object of which that is not known.
-        kind: "inherited", "replaced", "imported" or "on another object".
+        kind: "inherited", "replaced", "imported", "named" in a string, or "on another object".
     """
 
     path: str
@@ -57,7 +60,7 @@ class Use:
     @property
     def is_declared(self) -> bool:
         """Whether the adapter declares the name of one of its owners; it never does for unknown objects."""
-        return any(name.name == self.name and name.owner in self.owners for name in NAMES)
+        return any(name.name == self.name and (name.owner in self.owners or self.kind == "named") for name in NAMES)
 
 
 def is_private(name: str) -> bool:
@@ -140,6 +143,15 @@ def attributes(tree: ast.AST) -> Iterator[tuple[int, str, ast.AST]]:
                 yield node.lineno, name.value, node.args[0]
 
 
+def named(path: str, tree: ast.Module) -> Iterator[Use]:
+    """Strings that are nothing but a private name which the module does not define, such as a setting's."""
+    known = defined(tree)
+    for node in ast.walk(tree):
+        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+        if re.fullmatch(r"_[a-z]\w+", text) and text not in known | OTHER_STRINGS:
+            yield Use(path, node.lineno, text, (), "named")
+
+
 def inherited(path: str, node: ast.ClassDef, cls: type, runner: type | None) -> Iterator[Use]:
     """What a class of ours uses and replaces of Ray's classes that it derives from."""
     for line, name, value in attributes(node):
@@ -182,6 +194,7 @@ def uses() -> Iterator[Use]:
     for path, (tree, module) in files.items():
         yield from imports(path, tree)
         yield from elsewhere(path, tree)
+        yield from named(path, tree)
         runner = next((cls for cls in vars(module).values() if is_env_runner(cls)), None)
         for node in tree.body:
             if isinstance(node, ast.ClassDef):
@@ -207,7 +220,7 @@ def main() -> None:
     for name in NAMES:
         print(f"  {name.name:36} {name.owner:72} {name.purpose}")
         for use in found:
-            if use.name == name.name and name.owner in use.owners:
+            if use.name == name.name and (name.owner in use.owners or use.kind == "named"):
                 print(f"      {use.path}:{use.line} ({use.kind})")
     wrong = undeclared(found)
     print("used without being declared:" if wrong else "used without being declared: none")

@@ -51,8 +51,10 @@ def test_no_private_name_of_ray_is_used_without_being_declared():
 
 
 def test_every_declared_name_is_used():
-    used = {(use.name, owner) for use in private_names.uses() for owner in use.owners}
+    uses = list(private_names.uses())
+    used = {(use.name, owner) for use in uses for owner in use.owners}
     touched = private_names.names_in_adapter() | {"DEPRECATED_VALUE"}
+    touched |= {use.name for use in uses if use.kind == "named"}
     assert [name for name in NAMES if (name.name, name.owner) not in used and name.name not in touched] == []
 
 
@@ -68,7 +70,7 @@ class Own(SingleAgentEnvRunner):
     def sample(self, other):
         self._own = self._ongoing_episodes, self._time_after_sampling
         self._try_env_reset(), super()._log_episode_metrics(), self._nobodys
-        return other._secret, getattr(other, "_hidden"), other._ongoing_episodes
+        return other._secret, getattr(other, "_hidden"), other._ongoing_episodes, {"_in_a_string": other}
 
     def _reset_envs(self, *args): ...
 
@@ -93,6 +95,8 @@ def test_undeclared_names_are_found(monkeypatch):
         ("_secret", "on another object"),
         ("_hidden", "on another object"),
         ("_ongoing_episodes", "on another object"),
+        ("_hidden", "named"),
+        ("_in_a_string", "named"),
     }
 
 

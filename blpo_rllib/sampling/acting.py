@@ -28,7 +28,7 @@ from torch import nn
 
 from blpo_rllib.core.mlp import ACTIVATIONS, Activation
 from blpo_rllib.learning.players import perceptron
-from blpo_rllib.rllib_private import running_filter
+from blpo_rllib.rllib_private import common_pass, exploration_pass, running_filter
 
 # Observations [n, ...], RLlib's global timestep and a recurrent module's states [n, ...] (else None) to columns
 # [n, ...]: Columns.ACTIONS among them, and Columns.STATE_OUT, which may be nested.
@@ -95,8 +95,10 @@ class _PerceptronActor:
         """The actor of a module, or None if that is something else than a perceptron on the CPU."""
         draws = {TorchCategorical: _draw_categorical, TorchDiagGaussian: _draw_gaussian}
         draw = draws.get(module.get_exploration_action_dist_cls())
-        defaults = {"_forward": DefaultPPOTorchRLModule, "_forward_exploration": TorchRLModule}
-        if draw is None or any(getattr(type(module), k, None) is not getattr(v, k) for k, v in defaults.items()):
+        is_default = common_pass(type(module)) is common_pass(DefaultPPOTorchRLModule) and (
+            exploration_pass(type(module)) is exploration_pass(TorchRLModule)
+        )
+        if draw is None or not is_default:
             return None
         if not isinstance(module.encoder, ActorCriticEncoder) or not _is_plain(module):
             return None
