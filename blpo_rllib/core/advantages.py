@@ -1,14 +1,15 @@
-r"""What the leader's advantages are a function of: the critic now or earlier, on segments or on whole rollouts.
+r"""Advantages under another critic than the present one, over whole rollouts, or standardised.
 
-Inside a minibatch the advantages are :math:`A (r + D V_w)` over its own segments, whatever stands here: other choices
-only change r, and the scale of A. GAE is linear in V, so over whole rollouts
+As published, the advantages of a minibatch are :math:`A (r + D V_w)` over its own segments under the present critic w.
+The choices here leave that formula as it is; they change its rewards r, and the scale of A. GAE is linear in V, so over
+whole rollouts
 
 .. math::  \mathrm{adv}(w) = \mathrm{adv}(w_0) + A D\,(V_w - V_{w_0}),
 
-where :math:`w_0` is an earlier critic, the *anchor*. adv(w₀) is computed once over whole rollouts, and only the change
-since then ends where the segment does: what lies beyond is left out of it, with its weight of (γλ)^distance. In the
-minibatch's terms r is :math:`A^{-1} \mathrm{adv}(w_0) - D V_{w_0}`: the reward, plus γλ·adv of the next step under w₀
-where the rollout goes on behind the segment's last step.
+where :math:`w_0` is an earlier critic, the *anchor*. adv(w₀) is computed once over whole rollouts. Only the change
+since then is computed within the segment; changes of V beyond its end, which count with weight (γλ)^distance, are left
+out. In the formula of the minibatch, r becomes :math:`A^{-1} \mathrm{adv}(w_0) - D V_{w_0}`. That is the reward, plus
+γλ times the next step's advantage under w₀ where the rollout goes on after the segment's last step.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Rollouts:
     """The uncut rollouts that a batch of segments was made of. Make it with :meth:`of`.
 
     Attributes:
-        index: int64 [M, S]: the item of each slot in the flat batch, where each episode ends in one item more.
+        index: int64 [M, S]: the item of each slot in the flat batch, in which an extra item ends each episode.
         advantage: D and A of the flat batch, a single row.
     """
 
@@ -92,13 +93,13 @@ def full_advantages(batch: SegmentBatch, values: Tensor, rollouts: Rollouts | No
 def anchored(
     batch: SegmentBatch, values: Tensor, adv: Tensor, rule: AdvantageRule, reduction: Reduction
 ) -> SegmentBatch:
-    """The segments with rewards under which their advantages are a function of the critic as ``rule`` says.
+    """The segments with rewards, and a scale of A, that make their advantages the function of w that ``rule`` names.
 
     Args:
         batch: The segments, with the environment's rewards.
         values: V [M, S] under the anchor.
         adv: :func:`full_advantages` at ``values``.
-        rule: Which critic counts; one that is neither fixed nor standardised, on segments alone, changes nothing.
+        rule: Which critic counts. With the default rule, and without whole rollouts, the advantages stay the same.
         reduction: Sums over the processes that share the batch.
     """
     operator = batch.advantage
@@ -113,7 +114,7 @@ def anchored(
 
 
 def _mean_and_deviation(x: Tensor, step: Tensor, reduction: Reduction) -> tuple[Tensor, Tensor]:
-    """Over the steps of all processes; numbers that are not finite count as 0, a deviation below 1e-4 as that."""
+    """Mean and deviation over the steps of all processes; non-finite numbers count as 0, the deviation is >= 1e-4."""
     x = x.nan_to_num(0.0, 0.0, 0.0)
     count, total = reduction.sum(torch.stack([step.sum(), (step * x).sum()]))
     mean = total / count

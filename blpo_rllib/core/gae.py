@@ -22,23 +22,23 @@ from blpo_rllib.core.native import Kernels
 
 
 class AdvantageOperator(ABC):
-    """D, A and their transposes for a batch of segments [B, S]; results are 0 outside steps."""
+    """The maps D and A and their transposes for a batch of segments [B, S]; results are 0 outside steps."""
 
     @abstractmethod
     def advantages(self, rewards: Tensor, values: Tensor) -> Tensor:
-        """GAE(w) = A (r + D V), [B, S]."""
+        """GAE, A (r + D V) [B, S], for rewards r and values V [B, S]."""
 
     @abstractmethod
     def tangent(self, values: Tensor) -> Tensor:
-        """A D δV, by which a change of the values changes the advantages, [B, S]."""
+        """A D δV [B, S]: the change of the advantages where the values change by δV = ``values`` [B, S]."""
 
     @abstractmethod
     def adjoint(self, y: Tensor) -> Tensor:
-        """Dᵀ Aᵀ y, [B, S], for y that is 0 outside steps."""
+        """Dᵀ Aᵀ y [B, S], for y [B, S] that is 0 outside steps."""
 
     @abstractmethod
     def inverse(self, advantages: Tensor) -> Tensor:
-        """A⁻¹ adv: the temporal differences [B, S] that these advantages, 0 outside steps, come from."""
+        """A⁻¹ adv: the temporal differences [B, S] that give these advantages [B, S], which are 0 outside steps."""
 
     @abstractmethod
     def scaled(self, factor: Tensor) -> Self:
@@ -47,15 +47,15 @@ class AdvantageOperator(ABC):
     @property
     @abstractmethod
     def tensors(self) -> list[Tensor]:
-        """What the operator consists of, each [B, ...]."""
+        """The tensors that the operator is made of, each [B, ...]."""
 
     @abstractmethod
     def of_tensors(self, tensors: Sequence[Tensor]) -> Self:
-        """The operator that consists of these."""
+        """The operator that is made of these in place of :attr:`tensors`."""
 
     @property
     def structure(self) -> tuple[type, ...]:
-        """What tells operators apart that consist of the same tensors."""
+        """Distinguishes operators that have tensors of the same shapes but apply other maps."""
         return (type(self),)
 
     def permuted(self, order: Tensor) -> Self:
@@ -73,7 +73,7 @@ class AdvantageOperator(ABC):
 
 @dataclass(frozen=True)
 class Masks:
-    """The matrices of a batch of segments, [B, S] each.
+    """What determines D and A of a batch of segments, [B, S] each.
 
     Attributes:
         step: 1 where the slot is a step, else 0.
@@ -95,8 +95,9 @@ class BlockwiseAdvantage(AdvantageOperator):
     r"""The operators as products with matrices, for any device.
 
     Unrolled, :math:`A_{ij} = (\gamma\lambda)^{j-i}` for :math:`j \ge i` in the same piece, else 0. A is applied in
-    blocks of about :math:`\sqrt S` slots: one product within all blocks, one across their first slots, one to carry
-    those back into the blocks before them. No loop over time, O(S^{3/2}) numbers. Make it with :meth:`of`.
+    blocks of about :math:`\sqrt S` slots: one product sums within all blocks, one sums over their first slots, and one
+    carries those sums back into the blocks before. That takes no loop over time and O(S^{3/2}) numbers. Make it with
+    :meth:`of`.
     """
 
     _step: Tensor
@@ -225,9 +226,9 @@ class RecurrentAdvantage(AdvantageOperator):
 
 @dataclass(frozen=True)
 class FixedAdvantage(AdvantageOperator):
-    """Advantages that stay what they were at an earlier critic, with the derivative in the critic of ``_operator``.
+    """Advantages that keep the values they had under an earlier critic, with the derivatives of ``_operator`` in w.
 
-    They stand in the place of the rewards: ``advantages(adv, values)`` is adv.
+    They are passed in place of the rewards: ``advantages(adv, values)`` is adv.
     """
 
     _operator: AdvantageOperator

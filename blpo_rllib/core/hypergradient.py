@@ -42,12 +42,12 @@ class Surrogate:
 
     @classmethod
     def clipped(cls, log_ratio: Tensor, adv: Tensor, clip: float) -> Surrogate:
-        """With clip width ε = ``clip`` >= 0."""
+        """The objective at log-ratios and advantages [B, S] with clip width ε = ``clip`` >= 0."""
         ratio = log_ratio.exp()
         return cls(log_ratio, ratio, ratio, ratio).with_clip(adv, clip)
 
     def with_clip(self, adv: Tensor, clip: float) -> Surrogate:
-        """The same ratios under another clip width."""
+        """The objective at the same ratios and advantages under another clip width."""
         clipped = self.ratio.clamp(1 - clip, 1 + clip)
         active = self.ratio * adv <= clipped * adv
         slope = torch.where(active, self.ratio, clipped)
@@ -77,8 +77,8 @@ class Correction:
         cross_clip: ε_F, the clip width inside the cross term; None for no clip, as for discrete actions.
         bound: b: the correction is scaled down to ‖mixed‖ <= b ‖g_θ‖; None for no bound.
         cross_reduction: "sum" over steps, as published, or "mean", as in the losses J and L.
-        sample: What it is computed on: each "minibatch", as published, or the "batch", once per epoch at its start, for
-            all actor steps of the epoch. The bound then refers to g_θ of the batch.
+        sample: The sample on which it is computed: each "minibatch", as published, or the "batch", once at the start of
+            each epoch and for all of its actor steps. The bound then refers to g_θ of the batch.
     """
 
     cross_clip: float | None
@@ -104,7 +104,8 @@ class Hypergradient:
         mixed_product: ∇²_θw L · x before the bound, [q].
         mixed_norm: ‖mixed_product‖.
         actor_norm: ‖g_θ‖.
-        scale: What the bound leaves of it: the correction applied is scale · mixed_product; 0 if it is not finite.
+        scale: The factor by which the bound shortens it, <= 1: the correction applied is scale · mixed_product. It is 0
+            where mixed_product is not finite.
         direction: g_θ − the correction, the hypergradient, [q].
     """
 
@@ -138,11 +139,11 @@ class Hypergradient:
 
     @property
     def correction(self) -> list[Tensor]:
-        """What :meth:`with_correction_of` takes over."""
+        """The tensors that :meth:`with_correction_of` takes over."""
         return [self.grad_critic, self.ihvp, self.mixed_product, self.mixed_norm, self.scale]
 
     def copy_of_correction(self) -> Hypergradient:
-        """The same with :attr:`correction` in memory of its own."""
+        """The same quantities, with :attr:`correction` copied to memory of its own."""
         return replace(
             self,
             grad_critic=self.grad_critic.clone(),
@@ -153,7 +154,7 @@ class Hypergradient:
         )
 
     def with_correction_of(self, other: Hypergradient) -> Hypergradient:
-        """g_θ of this minibatch less the correction that was found on a larger sample."""
+        """g_θ of this minibatch minus the correction that was found on a larger sample."""
         return replace(
             other,
             adv=self.adv,
@@ -172,7 +173,7 @@ def log_probability_ratio(batch: SegmentBatch, logp: Tensor) -> Tensor:
 def leader_gradient(
     actor: ActorPass, batch: SegmentBatch, adv: Tensor, weights: Tensor, leader: LeaderLoss
 ) -> tuple[Surrogate, Tensor]:
-    """The surrogate and this process's term of g_θ = ∇_θ J."""
+    """The surrogate, and this process's term of g_θ = ∇_θ J [q], for advantages and weights m [B, S]."""
     surrogate = Surrogate.clipped(log_probability_ratio(batch, actor.logp), adv, leader.clip)
     m = weights.flatten()
     gradient = actor.gradient(
@@ -184,7 +185,10 @@ def leader_gradient(
 
 
 def leader_critic_gradient(loss: CriticLoss, batch: SegmentBatch, surrogate: Surrogate, weights: Tensor) -> Tensor:
-    """This process's term of v = ∇_w J, through the advantages: the critic's vjp with cotangent Dᵀ Aᵀ (−m · slope)."""
+    """This process's term of v = ∇_w J [p], which goes through the advantages.
+
+    It is the critic's vjp with the cotangent Dᵀ Aᵀ (−m · slope), for weights m [B, S].
+    """
     cotangent = batch.advantage.adjoint(-weights * surrogate.slope)
     return loss.critic.vjp(cotangent.flatten())
 
@@ -198,10 +202,11 @@ def mixed_product(
     ihvp: Tensor,
     correction: Correction,
 ) -> Tensor:
-    r"""This process's term of ∇²_θw L · x = d/dw [∇_θ S] · x.
+    r"""This process's term of ∇²_θw L · x = d/dw [∇_θ S] · x, [q], for x = ``ihvp`` [p].
 
-    S(θ, w) = −2 Σ_t c_t s_t(θ, adv(w)) (y_t − V_t(w)) estimates the dependence of the critic's loss on θ by a
-    score-function trick. As published c_t = 1 on steps, a sum; for a mean it is m_t.
+    L depends on θ through the states that the policy visits. S(θ, w) = −2 Σ_t c_t s_t(θ, adv(w)) (y_t − V_t(w)) is the
+    score-function estimate of that dependence. As published c_t = 1 on steps, so that S is a sum over them; with
+    ``cross_reduction="mean"`` c_t is m_t.
     """
     weights = batch.step if correction.cross_reduction == "sum" else loss.weights.view_as(batch.step)
     score = -2 * weights * surrogate.ratio
@@ -221,8 +226,8 @@ def bound_scale(mixed_norm: Tensor, gradient_norm: Tensor, bound: float | None) 
 
 
 def corrected(grad_actor: Tensor, product: Tensor, scale: Tensor) -> Tensor:
-    """g_θ − scale · mixed; ``product`` may hold anything where ``scale`` is 0."""
-    # nan_to_num: 0 · ∞ is not 0.
+    """g_θ − scale · mixed, [q]; g_θ where ``scale`` is 0, whatever ``product`` holds."""
+    # 0 · ∞ would not be 0.
     return torch.addcmul(grad_actor, scale, product.nan_to_num(0.0, 0.0, 0.0), value=-1)
 
 
@@ -249,7 +254,7 @@ def hypergradient(
         correction: Clip and bound of the cross term.
         solver: The inverse-Hessian-vector product; None for nested PPO, which follows g_θ alone.
         curvature: The follower's curvature at ``loss``, that of added terms included.
-        coordinates: The coordinates that the solver drew, if it draws any.
+        coordinates: The coordinates that the solver drew; None if it draws none.
         reduction: Sums over the processes that share the minibatch.
         added: Terms of the objectives besides J and L.
 

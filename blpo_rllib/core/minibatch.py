@@ -109,7 +109,7 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class MinibatchMetrics:
-    """What minibatches report, in three tensors, so that to add up minibatches takes few operations.
+    """What minibatches report, as three tensors, so that adding up minibatches takes three operations.
 
     Attributes:
         step_means: The means of :class:`StepMeans`, in the order of its fields.
@@ -125,9 +125,15 @@ class MinibatchMetrics:
     def of(
         cls, step_means: StepMeans, weights: Tensor, minibatch_means: MinibatchMeans, counts: Counts
     ) -> MinibatchMetrics:
-        """Takes the means over steps with weights m [n], and 0 for what is not finite.
+        """The metrics of one minibatch.
 
-        A minibatch that was skipped for non-finite numbers is counted, and left out of the means.
+        Means that are not finite become 0: ``counts`` has the minibatch whose steps were skipped for that.
+
+        Args:
+            step_means: Numbers per slot, [n] each.
+            weights: m [n], with which they are summed.
+            minibatch_means: Scalars.
+            counts: Scalars.
         """
         return cls(
             step_means=(torch.stack(step_means) @ weights).nan_to_num(0.0, 0.0, 0.0),
@@ -175,7 +181,7 @@ class MinibatchUpdate:
         solver: The inverse-Hessian-vector product; None for nested PPO, which follows g_θ alone.
         reduction: Sums over the processes that share the minibatch.
         added: Terms of the objectives besides J and L.
-        postprocess: Gives another direction [n] for "actor" or "critic" and the one it would step along.
+        postprocess: Maps "actor" or "critic" and the direction of its step, [q] or [p], to another direction.
     """
 
     def __init__(
@@ -204,13 +210,13 @@ class MinibatchUpdate:
 
         Args:
             batch: The minibatch.
-            coordinates: The coordinates that the solver drew, if it draws any.
-            settings: What to do.
-            shared: What :meth:`hypergradient` found on a larger sample, to go by its correction; None for the
-                correction of this minibatch.
+            coordinates: The coordinates that the solver drew; None if it draws none.
+            settings: Numbers of steps, and the objectives.
+            shared: What :meth:`hypergradient` found on a larger sample, whose correction is applied; None to compute
+                the correction on this minibatch.
 
         Returns:
-            What it reports.
+            Metrics, v and x.
         """
         loss_before, critic_skips = self._nested_critic_updates(batch, settings)
         loss, actor = self.critic_loss(batch), self._actor(batch, settings)
@@ -230,7 +236,7 @@ class MinibatchUpdate:
     def hypergradient(
         self, batch: Minibatch, coordinates: Coordinates | None, settings: UpdateSettings
     ) -> Hypergradient:
-        """The hypergradient at the present players, which stay as they are."""
+        """The hypergradient at the players' present parameters, which are not changed."""
         loss, actor = self.critic_loss(batch), self._actor(batch, settings)
         return self._hypergradient(batch, loss, actor, self._solver, coordinates, settings)
 

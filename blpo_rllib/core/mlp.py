@@ -1,15 +1,17 @@
-r"""The two players by hand where they are multi-layer perceptrons.
+r"""Values, log-probabilities and their derivatives by hand, for players that are multi-layer perceptrons.
 
-Activations are stored unit by unit, [d, n] for n slots, so that a unit is a contiguous row. With :math:`h_0 = x`,
+Activations are stored unit by unit, [d, n] for n slots, so that a unit is a contiguous row. With inputs
+:math:`h_0 = x`,
 
 .. math::  z_l = W_l h_{l-1} + b_l, \quad h_l = \varphi(z_l) \; (l < L), \quad \text{output } z_L.
 
 Backward, the cotangent :math:`g_l` of :math:`z_l` obeys :math:`g_{l-1} = \varphi'_{l-1} \odot W_l^\top g_l`, and the
-gradient in :math:`W_l` is :math:`g_l h_{l-1}^\top`. The critic has a single output, so one such pass with
-:math:`g_L = 1` gives :math:`G_l = \partial V/\partial z_l`, and every product with J or its transpose follows from G
-without another pass: a cotangent u of V is :math:`g_l = u \odot G_l`; a column of J is
-:math:`G_l[r] \odot h_{l-1}[c]`. Only second derivatives of V need a chain through the layers (Pearlmutter 1994), and
-for a row of the Hessian that chain starts from a single unit of one layer.
+gradient in :math:`W_l` is :math:`g_l h_{l-1}^\top`. The critic has a single output. One backward pass with
+:math:`g_L = 1` therefore gives :math:`G_l = \partial V/\partial z_l`, and every product with the Jacobian J, or its
+transpose, follows from G without another pass: the cotangents for u on V are :math:`g_l = u \odot G_l`, and the column
+of J for the weight in row r and column c of layer l is :math:`G_l[r] \odot h_{l-1}[c]`. Only second derivatives of V
+need another pass through the layers (Pearlmutter 1994), which for a row of the Hessian starts at a single unit of one
+layer.
 """
 
 from __future__ import annotations
@@ -51,20 +53,20 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
 }
 
 
-# Rows of second derivatives are made in parts whose arrays, of all units at a part's slots for each of its rows, take
-# about this much memory.
+# Rows of second derivatives are computed in parts. The arrays of a part, which hold all units at its slots for each of
+# its rows, take about this many bytes together.
 BLOCK_BYTES = 2**28
-# How many such arrays there are at a time.
+# How many such arrays exist at the same time.
 _ARRAYS = 4
 
 
 @dataclass(frozen=True)
 class LayerPlaces:
-    """k single parameters as seen from layer l: those of other layers stand there with zeros, and disturb nothing.
+    """Where k single parameters are in layer l. Those of other layers have masks of 0, so that they add nothing.
 
     Attributes:
-        units: Row r of each, int64 [k].
-        inputs: Column c of each, int64 [k]; 0 for biases.
+        units: Row r of each in W_l or b_l, int64 [k].
+        inputs: Column c of each in W_l, int64 [k]; 0 for biases.
         is_weight: 1 for weights of layer l, else 0, [k, 1].
         is_bias: 1 for biases of layer l, else 0, [k, 1].
     """
@@ -76,7 +78,7 @@ class LayerPlaces:
 
     @classmethod
     def of(cls, places: Tensor, layer: int, dtype: torch.dtype) -> LayerPlaces:
-        """Of the parameters at ``places`` [k, 3]: see :class:`Coordinates`."""
+        """For the parameters at ``places`` int64 [k, 3], in the form of :class:`Coordinates`."""
         here = places[:, 0] == layer
         is_weight, is_bias = here & (places[:, 2] >= 0), here & (places[:, 2] < 0)
         return cls(
@@ -151,7 +153,7 @@ class MLPPass:
         self._mlp, self._hidden, self.output = mlp, hidden, output
         self._activations = mlp.activations
         self.num_parameters, self.depth = mlp.num_parameters, len(mlp.layers)
-        # φ' of layers 1 ... L-1, made when first needed.
+        # φ' of layers 1 ... L-1, computed on first use.
         self._slopes: list[Tensor | None] = [None] * self.depth
 
     def hidden(self, layer: int) -> Tensor:
@@ -203,7 +205,7 @@ class MLPCriticPass(CriticPass):
     Args:
         mlp: Its layers.
         forward: Their pass over the observations.
-        unit_cotangents: G_l by layer l, where they are known already.
+        unit_cotangents: G_l by layer l where they are known; None to compute them on first use.
     """
 
     def __init__(self, mlp: MLP, forward: MLPPass, unit_cotangents: dict[int, Tensor] | None = None):
@@ -287,7 +289,7 @@ class MLPCriticPass(CriticPass):
     def _add_second_order_rows(self, rows: Tensor, coordinates: Coordinates, first: Tensor, second: Tensor) -> None:
         """Adds to ``rows`` [k, p] what :meth:`second_order_product` gives for k directions of one parameter each.
 
-        In its layer the parameter moves z of a single unit, and takes part of that unit's cotangent to a single input.
+        A weight of layer l moves z_l of a single unit, and passes that unit's cotangent on to a single input.
         """
         critic, places = self._pass, self._places(coordinates)
         drives = {layer: at.drive(critic.hidden(layer - 1)) for layer, at in places.items()}

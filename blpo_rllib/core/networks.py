@@ -1,8 +1,8 @@
 """The two players on one minibatch: values, log-probabilities and products with their derivatives.
 
-Parameters of a player are seen as one flat vector: w in R^p for the critic, θ in R^q for the actor. The classes here
-state what the mathematics needs and obtain it by automatic differentiation from any module; :mod:`blpo_rllib.core.mlp`
-gives the same by hand for multi-layer perceptrons.
+The parameters of a player are one flat vector: w in R^p for the critic, θ in R^q for the actor. The abstract classes
+state which quantities the mathematics needs. The others obtain them from any module by automatic differentiation;
+:mod:`blpo_rllib.core.mlp` has them by hand for multi-layer perceptrons.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class Coordinates:
 
     Attributes:
         index: int64 [k], on the critic's device.
-        places: The same as int64 [k, 3], layer, unit, and input or −1 for a bias, where the critic's pass needs that.
-        on_host: The same as ``index`` on the host, where the critic's pass needs that.
+        places: The same parameters as int64 [k, 3]: layer (from 1), unit, and input or −1 for a bias. None where the
+            critic's pass does not need them.
+        on_host: ``index`` on the host; None where the critic's pass does not need it.
     """
 
     index: Tensor
@@ -43,7 +44,7 @@ class Coordinates:
 
     @classmethod
     def of(cls, indices: np.ndarray, device: torch.device) -> Coordinates:
-        """For a pass that looks them up on the host."""
+        """Coordinates for a critic's pass that looks them up on the host, from ``indices`` int64 [k]."""
         return cls(torch.as_tensor(indices, device=device), on_host=indices)
 
     def copy(self) -> Coordinates:
@@ -76,15 +77,15 @@ class CriticPass(ABC):
 
     @abstractmethod
     def vjp(self, cotangent: Tensor) -> Tensor:
-        """Jᵀ u, [n] to [p]; or one product a row, [k, n] to [k, p]."""
+        """Jᵀ u [p] for a cotangent u [n]; for k of them, [k, n], the k products [k, p]."""
 
     def gradient(self, cotangent: Tensor) -> Tensor:
-        """Jᵀ u, [n] to [p], where nothing else is asked of this pass, as in a nested step."""
+        """Jᵀ u [p] for a cotangent u [n], where this is the only product of the pass, as in a nested step."""
         return self.vjp(cotangent)
 
     @abstractmethod
     def jvp(self, tangent: Tensor) -> Tensor:
-        """J x, [p] to [n]."""
+        """J x [n] for a direction x [p]."""
 
     @abstractmethod
     def jacobian_columns(self, coordinates: Coordinates) -> Tensor:
@@ -123,7 +124,13 @@ class ActorPass(ABC):
 
     @abstractmethod
     def gradient(self, logp: Tensor, entropy: Tensor | None = None, kl: Tensor | None = None) -> Tensor:
-        """Σ_t c_t ∇ log π(a_t|s_t) for weights c = ``logp`` [n], to [q]; plus the same for the other quantities."""
+        """The gradient [q] of a weighted sum over slots, Σ_t c_t log π(a_t|s_t) + d_t entropy_t + e_t KL_t.
+
+        Args:
+            logp: Weights c [n].
+            entropy: Weights d [n], or None to leave the term out.
+            kl: Weights e [n], or None likewise.
+        """
 
 
 def _gradient(outputs: Tensor, parameters: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False) -> Tensor:
@@ -139,10 +146,10 @@ def _derivative(entry: Tensor, inputs: Sequence[Tensor]) -> Tensor:
 
 
 class AutogradCriticPass(CriticPass):
-    """By automatic differentiation, for any twice differentiable module.
+    """A critic's pass by automatic differentiation, for any twice differentiable module.
 
-    Of a large network most parameters sit near the output. A single entry of the gradient is therefore taken from the
-    gradient of its own tensor alone: what lies below that tensor is not differentiated twice.
+    For a row of the Hessian, only the gradient of the parameter tensor that holds its entry is differentiated again.
+    Layers below that tensor are then not differentiated twice; in a large network most parameters are near the output.
 
     Args:
         values: V [n], with its autograd graph.
@@ -156,7 +163,7 @@ class AutogradCriticPass(CriticPass):
         self.values = values.detach()
         self._ends = np.cumsum([x.numel() for x in self._parameters])
         self.num_parameters = int(self._ends[-1])
-        # A cotangent u of V and Jᵀ u as a function of it.
+        # A cotangent u of V, and Jᵀ u with its graph as a function of u.
         self._transposed: tuple[Tensor, Tensor] | None = None
 
     def gradient(self, cotangent: Tensor) -> Tensor:
@@ -167,12 +174,12 @@ class AutogradCriticPass(CriticPass):
             return self._gradients(self._graph, cotangent)
         if self._transposed is not None:
             return self.gradient(cotangent)
-        # In a form that serves the JVP too, which follows.
+        # With a graph, because the JVP that follows uses it too.
         return self._transpose(cotangent)[1].detach()
 
     def jvp(self, tangent: Tensor) -> Tensor:
         """J x as the derivative of u ↦ (Jᵀ u) · x, which needs no forward-mode rules of the module's operations."""
-        # Whatever u: the function is linear.
+        # The function is linear in u, so any u serves.
         probe, transposed = self._transposed or self._transpose(torch.zeros_like(self.values))
         return torch.autograd.grad(transposed, probe, tangent, retain_graph=True, materialize_grads=True)[0]
 
@@ -205,7 +212,10 @@ class AutogradCriticPass(CriticPass):
         return torch.cat([x.flatten(1) for x in rows], 1)
 
     def _cotangent(self, first: Tensor, second: Tensor) -> Tensor:
-        """With which Jᵀ u is the gradient of Σ_t u_t V_t + a_t (V_t − V_t(w))²/2 in w, differentiable once more."""
+        """The cotangent u_t + a_t (V_t − V_t(w)), whose value is u and whose derivative in w is diag(a) J.
+
+        Jᵀ of it is the gradient of Σ_t u_t V_t + a_t (V_t − V_t(w))²/2 in w, which can be differentiated once more.
+        """
         return first + second * (self._graph - self.values)
 
     def _entries(self, coordinates: Coordinates, cotangent: Tensor) -> Iterator[Tensor]:
@@ -227,7 +237,7 @@ class AutogradCriticPass(CriticPass):
 
 
 class AutogradActorPass(ActorPass):
-    """By automatic differentiation, for any differentiable module.
+    """An actor's pass by automatic differentiation, for any differentiable module.
 
     Args:
         logp: log π(a|s) [n] of the actions taken, with its autograd graph.

@@ -18,8 +18,8 @@ class Players(ABC):
     """A leader and a follower with no parameter in common.
 
     Attributes:
-        replayable: Whether each pass takes the same operations on tensors and leaves nothing behind, so that they can
-            be recorded once (:mod:`blpo_rllib.core.replay`).
+        replayable: Whether every pass performs the same tensor operations, whatever the numbers, and keeps no state. A
+            recording of one minibatch then serves for all others of its shape (:mod:`blpo_rllib.core.replay`).
     """
 
     replayable: bool = False

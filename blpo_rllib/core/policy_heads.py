@@ -1,7 +1,7 @@
 """Action distributions on top of a perceptron: log-probability, entropy, KL divergence and their derivatives per slot.
 
-Arrays stand unit by unit, [d, n] for n slots. What is differentiated with respect to are the perceptron's outputs and,
-where the policy has one, a log-std [d, n] that is the same in all slots.
+Arrays are laid out unit by unit, [d, n] for n slots. The derivatives are those in the perceptron's outputs and, where
+the policy has one, in a log-std [d, n] that is the same in all slots.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOGP, ENTROPY, KL = 0, 1, 2
 
 
 class HeadTerms(ABC):
-    """The three terms [n] of a head at given outputs, and how each depends on that slot's inputs.
+    """The three terms [n] of a distribution at given outputs, and the derivatives of each.
 
     Attributes:
         logp: log π(a|s).
@@ -34,7 +34,11 @@ class HeadTerms(ABC):
 
     @abstractmethod
     def scores(self, term: int) -> tuple[Tensor, Tensor | None]:
-        """Derivatives of one term in the outputs and in the log-std (None without one), [d, n] each."""
+        """Derivatives of one term in the outputs and in the log-std, [d, n] each; None for the latter without one.
+
+        Args:
+            term: :data:`LOGP`, :data:`ENTROPY` or :data:`KL`.
+        """
 
 
 PolicyHead = Callable[[Tensor, Tensor | None], HeadTerms]

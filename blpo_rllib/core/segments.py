@@ -78,7 +78,7 @@ def _pack(lengths: Sequence[int], capacities: Sequence[int]) -> list[list[Piece]
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """How a process cuts its share of a batch.
+    """Into how many segments a process cuts its share of a batch, and into how many minibatches these go.
 
     Attributes:
         num_minibatches: Minibatches per epoch, the same on all processes; >= 1.
@@ -108,7 +108,7 @@ class SegmentPlan:
 
     @property
     def num_rows(self) -> int:
-        """Segments with blank ones added where the process has too few for each minibatch to get one."""
+        """Rows of the batch: its segments, and blank ones where it has too few for each minibatch to get one."""
         return -(-max(1, self.num_segments) // self.num_minibatches) * self.num_minibatches
 
 
@@ -209,11 +209,11 @@ class SegmentBatch:
         return SegmentBatch(**tensors, advantage=self.advantage.to(dtype))
 
     def rows(self) -> list[Tensor]:
-        """All tensors that the batch consists of, each [M, ...]."""
+        """All tensors that the batch is made of, each [M, ...]."""
         return [*tree.flatten(self._tensors), *self.advantage.tensors]
 
     def with_rows(self, rows: Sequence[Tensor]) -> SegmentBatch:
-        """The batch that consists of these in place of :meth:`rows`."""
+        """The batch that is made of these tensors in place of :meth:`rows`."""
         size = len(rows) - len(self.advantage.tensors)
         return SegmentBatch(
             **tree.unflatten_as(self._tensors, rows[:size]), advantage=self.advantage.of_tensors(rows[size:])

@@ -45,8 +45,8 @@ class Curvature(ABC):
         reduction: Sums over the processes that share the minibatch.
 
     Attributes:
-        replayable: Whether each product takes the same operations on tensors and leaves nothing behind; each class says
-            so for itself.
+        replayable: Whether every product performs the same tensor operations, whatever the numbers, and keeps no state.
+            Subclasses do not inherit it and declare it anew: ``class Mine(Curvature, replayable=True)``.
     """
 
     replayable: ClassVar[bool] = False

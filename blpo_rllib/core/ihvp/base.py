@@ -20,8 +20,9 @@ class IHVPSolver(ABC):
     Attributes:
         damping: ρ >= 0, the multiple of the identity added to H; for a solver that chooses it, that of the latest
             :meth:`solve`.
-        replayable: Whether each product takes the same operations on tensors and leaves nothing behind, so that they
-            can be recorded once (:mod:`blpo_rllib.core.replay`). Each class says so for itself.
+        replayable: Whether every product performs the same tensor operations, whatever the numbers, and keeps no state.
+            One recording then serves for all (:mod:`blpo_rllib.core.replay`). Subclasses do not inherit it and declare
+            it anew: ``class Mine(IHVPSolver, replayable=True)``.
     """
 
     damping: float | Tensor
@@ -47,7 +48,7 @@ class IHVPSolver(ABC):
         return None
 
     def local_terms(self, curvature: Curvature, coordinates: Coordinates | None) -> Sequence[Tensor]:
-        """This process's terms of what :meth:`solve` needs and v does not enter, to be summed along with v.
+        """What :meth:`solve` needs and what does not depend on v: this process's terms, which are summed along with v.
 
         Args:
             curvature: H.
