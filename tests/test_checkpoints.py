@@ -186,7 +186,7 @@ def kill_while_writing(folder, kills):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.slow)])
 def test_kills_while_checkpoints_are_written_leave_a_whole_one(tmp_path, kills):
     outcome = kill_while_writing(tmp_path, kills)
     assert outcome["kills"] == kills

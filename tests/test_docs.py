@@ -1,5 +1,7 @@
 """README.md is short and its links lead somewhere; the site's build fails where one does not."""
 
+import ast
+import inspect
 import re
 import shutil
 import subprocess
@@ -10,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from mkdocs.exceptions import PluginError
 
-from blpo_rllib import ppo_settings
+from blpo_rllib import BLPOConfig, ppo_settings
 from docs import hooks
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +29,16 @@ def test_readme_is_short_and_its_links_lead_somewhere():
 def test_table_of_ppo_settings_is_the_one_that_validation_follows():
     page = (ROOT / "docs" / "from-ppo.md").read_text()
     assert f"<!-- settings:begin -->\n{ppo_settings.markdown()}\n<!-- settings:end -->" in page
+
+
+def test_configuration_page_has_every_field_with_its_default():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| ", page, flags=re.MULTILINE)
+    fields = inspect.signature(BLPOConfig.training).parameters.keys() - {"self", "kwargs"}
+    config = BLPOConfig()
+    assert {name: ast.literal_eval(default) for name, default in rows} == {
+        name: getattr(config, name) for name in fields
+    }
 
 
 BROKEN = """
