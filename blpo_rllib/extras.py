@@ -1,4 +1,4 @@
-"""Packages that only a part of this one needs: they come with its extras, and a missing one says which."""
+"""Imports packages that only extras install; where one is missing, the error names the extra."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of the settings of a PPO script: the table that BLPOConfig's validation follows and the docs render.
+"""What BLPO does with each setting of a PPO script: the table that its validation follows and the docs render.
 
 ``python -m blpo_rllib.ppo_settings`` prints it as Markdown.
 """

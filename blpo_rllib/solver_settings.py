@@ -1,4 +1,4 @@
-"""Which solver a configuration asks for, by name or as an object, and what its options were called before that."""
+"""The solver that a configuration asks for, by name or as an object; the former fields for its options."""
 
 from __future__ import annotations
 

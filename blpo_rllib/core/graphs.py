@@ -1,8 +1,8 @@
-"""The work of a minibatch recorded once and replayed for all others of its shape: CUDA graphs.
+"""Records the work of a minibatch once and replays it for all others of its shape, as CUDA graphs.
 
-Of small networks a GPU spends most of an update waiting for the host, which launches some hundred kernels per
+With small networks a GPU spends most of an update waiting for the host, which launches some hundred kernels per
 minibatch one by one. A recording launches all of them at once. It holds addresses and sizes, not values of Python:
-whatever differs from call to call comes in tensors that stay where they are.
+whatever differs from call to call is passed in tensors that stay at their addresses.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ class _Graph:
         self.forget()
 
     def forget(self) -> None:
-        """Due where what was given last may have changed in place."""
+        """Lets the next run copy all arguments, due where those of the last one may have changed in place."""
         self._given = [None] * len(self._own)
 
     def run(self, arguments: Any) -> Any:
-        """With these arguments; those that are the same tensors as last time are in place already."""
+        """Replays with these arguments; those that are the same tensors as last time are not copied again."""
         changed = [
             (own, x)
             for own, x, last in zip(self._own, tensors(arguments), self._given, strict=True)
@@ -111,7 +111,10 @@ class Graphed:
         self._agreed: tuple[int, Hashable] | None = None
 
     def start_phase(self) -> None:
-        """Due before several calls between which no argument changes in place, and layouts on all processes or none."""
+        """Begins a phase of calls between which no argument changes in place.
+
+        Within a phase layouts change on all processes or on none.
+        """
         self._agreed = None
         for graph in self._graphs.values():
             if graph is not None:
@@ -133,7 +136,7 @@ class Graphed:
         return graph.run(arguments)
 
     def _key(self, arguments: Any) -> Hashable:
-        """A sum that is part of a recording on one process must be part of the same recording on all of them."""
+        """The layouts on all processes: a sum in one process's recording must be in the same recording on all."""
         own = hash(layout(arguments))
         if self._agreed is None or self._agreed[0] != own:
             self._agreed = own, tuple(self._reduction.gather(own))

@@ -1,4 +1,4 @@
-"""What lets a run of Tune outlive faults: signals that end it with a checkpoint, and rows in step with checkpoints."""
+"""Keeps a run of Tune whole over faults: signals end it with a checkpoint, and rows stay in step with checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run leaves to look at: its rows in one file, its learning curve as a picture, its returns in bins."""
+"""Sums up a training run: its rows in one file, its learning curve as a picture, its returns in bins of steps."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What runs in the process that Ray starts for each W&B run.
+"""The process that Ray starts for each W&B run.
 
-It goes there by value (:mod:`blpo_rllib.experiments.tracking` sees to that), and W&B is imported only once the process
-has given way to training, beside which it starts. Hence this module uses nothing of the package, nor of Ray Tune.
+The class goes there by value (:mod:`blpo_rllib.experiments.tracking` sees to that), so that the process imports nothing
+of the package, nor Ray Tune. It imports W&B only after it has lowered its priority, because training starts beside it.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class AddStateOfEachStep(ConnectorV2):
 
 
 def _states_in(episode: Any, module: Any) -> Any:
-    """The states of an episode's steps: of the first its beginning, of each other what the step before has left."""
+    """The state of each step: the initial one, or where the last fragment ended; then what the step before returned."""
     first = convert_to_numpy(module.get_initial_state())
     if Columns.STATE_OUT not in episode.extra_model_outputs:
         # Sampled by a module without states.
@@ -144,9 +144,9 @@ class PackSegments(ConnectorV2):
 
 @dataclass(frozen=True)
 class _Fragment:
-    """R over steps 0 ... n − 1 of a fragment if it were 0 before them, and what a value R before them adds.
+    """The discounted return R over the n steps of a fragment, as a function of its value before them.
 
-    R_t becomes R_t + decay_t · R with decay_t = γ^{t+1}.
+    The numbers are those for a value of 0; for a value R, each R_t is larger by decay_t · R with decay_t = γ^{t+1}.
 
     Attributes:
         sums: n, Σ R_t and Σ R_t².

@@ -42,12 +42,12 @@ class HookedLearner(Protocol):
 
 
 class LearnerLosses(AddedLosses):
-    """What a learner's methods add to the objectives of one module.
+    """The terms that a learner's methods add to the objectives of one module.
 
     Args:
         learner: The learner.
         module_id: The module.
-        names: Of the methods that a subclass has overridden.
+        names: Names of the methods that a subclass overrides.
     """
 
     def __init__(self, learner: HookedLearner, module_id: str, names: set[str]):

@@ -117,7 +117,7 @@ class BLPOTorchLearner(PPOTorchLearner):
         self._bilevel_updates: dict[str, BilevelUpdate] = {}
         self._players: dict[str, RLModulePlayers] = {}
         self._reward_scale: RewardScale | None = None
-        # In which learners exchange something, so that all of them have to run, with or without episodes.
+        # Connectors in which learners exchange numbers: every learner runs them, with or without episodes.
         self._meeting_connectors: list[ConnectorV2] = []
         self._reduction = AllReduce() if self.distributed else Reduction()
         super().build()
@@ -213,7 +213,7 @@ class BLPOTorchLearner(PPOTorchLearner):
                 )
 
     def players_of(self, module_id: str) -> RLModulePlayers:
-        """A module's present players."""
+        """The actor and the critic of a module, with the parameters that are trainable now."""
         return self._players[module_id]
 
     def _follow_freezing(self, module_id: str) -> None:
@@ -243,7 +243,7 @@ class BLPOTorchLearner(PPOTorchLearner):
             fwd_out: What the module's ``forward_train`` returns for it, with its graph.
 
         Returns:
-            A scalar with its graph: of steps a mean (over those in the loss mask), or of parameters.
+            A scalar with its graph: a mean over the steps in the loss mask, or a function of the parameters alone.
         """
         return None
 
@@ -296,7 +296,7 @@ class BLPOTorchLearner(PPOTorchLearner):
 
     @property
     def kernels(self) -> Kernels | None:
-        """The CPU kernels, on a CPU."""
+        """The compiled kernels; None on a GPU, where they are turned off, and where they cannot be built."""
         return native.load() if self.config.native_kernels and self._device.type == "cpu" else None
 
     @property
@@ -374,8 +374,8 @@ class BLPOTorchLearner(PPOTorchLearner):
     ) -> MultiAgentBatch:
         """Turns episodes into trajectory segments, as :meth:`update` does before it trains on them.
 
-        Connectors may change the episodes, and those with a state learn from them. All learners of a group have to
-        make their batches together.
+        Connectors may change the episodes, and update their own state from them. All learners of a group have to make
+        their batches at the same time, because they agree on how to cut them.
 
         Args:
             episodes: RLlib episodes or fragments; none where this learner got none.
@@ -436,7 +436,7 @@ class BLPOTorchLearner(PPOTorchLearner):
         if batch and not batch.keys() & self._bilevel_updates.keys():
             return self._update_others(batch)
         losses = {}
-        # In one order on all learners, which meet in each module's update.
+        # In the same order on all learners, because they exchange sums in each module's update.
         for module_id, part in sorted(batch.items()):
             self._follow_freezing(module_id)
             settings = self.update_settings(module_id, part.num_epochs)
@@ -523,7 +523,7 @@ class BLPOTorchLearner(PPOTorchLearner):
         return advantage_operator(masks, config.gamma, config.lambda_, kernels)
 
     def update_settings(self, module_id: str, num_epochs: int) -> UpdateSettings:
-        """What an update of a module does at the present values of the schedules."""
+        """The settings of a module's next update, at the present values of the schedules."""
         config = self.config.get_config_for_module(module_id)
         kl_coeff = self.curr_kl_coeffs_per_module[module_id]
         entropy_coeff = self.entropy_coeff_schedulers_per_module[module_id].get_current_value() or None
@@ -559,7 +559,7 @@ class BLPOTorchLearner(PPOTorchLearner):
 
     @override(Learner)
     def get_optimizer(self, module_id: str = DEFAULT_MODULE_ID, optimizer_name: str = DEFAULT_OPTIMIZER) -> Any:
-        """One of a module's two; for RLlib's default name, which PPO's only one has, the actor's."""
+        """One of a module's two optimizers, "actor" or "critic"; RLlib's default name stands for the actor's."""
         name = ACTOR_OPTIMIZER if optimizer_name == DEFAULT_OPTIMIZER else optimizer_name
         return super().get_optimizer(module_id, name)
 

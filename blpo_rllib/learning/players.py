@@ -1,4 +1,4 @@
-"""RLModules as the two players of the bilevel game."""
+"""An RLModule as the two players of the bilevel game: which parameters, values and distributions are whose."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RLModulePlayers(Players):
         module: A torch RLModule with a value function and nothing shared between it and the policy. If it is recurrent,
             its observations are :func:`~blpo_rllib.learning.recurrence.recurrent_observation`.
         module_id: Its name, for error messages.
-        kernels: Compiled functions for that, used where they apply (CPU, float32 or float64).
+        kernels: Compiled functions, used for perceptrons on a CPU in float32 or float64.
 
     Raises:
         ValueError: If the module lacks a value function, or shares parameters between the players.
@@ -60,7 +60,7 @@ class RLModulePlayers(Players):
                 "encoder of its own, or set separate_shared_trunk=True in config.training(), which makes two copies of "
                 "the module, one for each player"
             )
-        # Of each player, frozen ones included: what its optimizer may come to step.
+        # All of a player, frozen ones included: its optimizer holds them, because they may be unfrozen later.
         self.actor_members = [p for name, p in actor.items() if name not in critic]
         self.critic_members = [p for name, p in critic.items() if name not in actor]
         self._critic_mlp: MLP | None = None
@@ -93,7 +93,7 @@ class RLModulePlayers(Players):
         return critic, actor
 
     def forward_train(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The module's training pass, after that of its values where it builds on what that leaves in the batch."""
+        """The module's training pass; ``compute_values`` runs first where the pass needs what that adds."""
         if self._values_first:
             with torch.no_grad():
                 self._module.compute_values(batch)
@@ -185,7 +185,7 @@ def check_module_class(module_class: type, module_id: str) -> None:
 
 
 def _needs_values_first(module: Any, obs: Any) -> bool:
-    """Whether the training pass is another one after that of the values on the same batch, PPO's order of calls."""
+    """Whether the training pass gives other results where ``compute_values`` ran on the batch before, as in PPO."""
     with torch.no_grad():
         batch = batch_of(obs)
         module.compute_values(batch)

@@ -34,9 +34,9 @@ REFERENCE_MODEL_CONFIG: dict[str, Any] = {
 
 
 def adapted(model_config: dict[str, Any], action_space: gym.Space | None) -> dict[str, Any]:
-    """A model config without what BLPO, or a module with these actions, can make nothing of.
+    """A model config without entries that have no meaning for BLPO, or for these actions.
 
-    Actor and critic are separate networks, and a log-std belongs to continuous actions alone.
+    Actor and critic are always separate networks, and only continuous actions have a log-std.
     """
     changes: dict[str, Any] = {"vf_share_layers": False}
     if action_space is not None and not isinstance(action_space, gym.spaces.Box):

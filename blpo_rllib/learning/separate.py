@@ -21,7 +21,7 @@ _CLASS, _CATALOG_CLASS = "separated_module_class", "separated_catalog_class"
 class SeparatePlayersModule(TorchRLModule, ValueFunctionAPI):
     """Acts by one copy of a module and takes values from another; they start alike.
 
-    What only the other copy needs stays as it is: it belongs to no player.
+    The first copy's value function and the second copy's policy are not used, belong to no player and stay as they are.
     """
 
     @override(RLModule)

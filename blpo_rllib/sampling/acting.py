@@ -1,7 +1,7 @@
 """From observations to actions for all environments of a vector at once, as arrays.
 
-What RLlib's env-to-module and module-to-env pipelines do environment by environment, in the same order and with the
-same random numbers, so that both ways of sampling give the same episodes.
+RLlib's env-to-module and module-to-env pipelines do the same environment by environment. Order and random numbers are
+theirs, so that both ways of sampling give the same episodes.
 """
 
 from __future__ import annotations
@@ -42,9 +42,14 @@ _ACTIVATIONS: dict[Activation, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def make_actor(module: TorchRLModule, device: Any, explore: bool) -> Actor:
-    """The quickest actor for a module with its present weights: by hand for RLlib's default networks on vectors.
+    """The quickest actor for a module: one in numpy for RLlib's default networks on vectors, else the module itself.
 
-    The weights of an actor by hand are those of the moment it was made.
+    The actor in numpy copies the module's present weights, so that a new one is due after they have changed.
+
+    Args:
+        module: The module.
+        device: Where its input belongs.
+        explore: Whether actions are drawn, or the most likely ones.
     """
     by_hand = _PerceptronActor.of(module) if explore else None
     return by_hand or _ModuleActor(module, device, explore)

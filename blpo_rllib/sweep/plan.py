@@ -1,4 +1,4 @@
-"""What a sweep tries: the axes, the points on them, and the names of its trials."""
+"""The plan of a sweep: its axes, the points on them, and the names of its trials."""
 
 from __future__ import annotations
 

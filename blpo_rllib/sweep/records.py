@@ -1,4 +1,4 @@
-"""A sweep's memory on disk: one file of rows and, once it has ended, one record for each trial.
+"""The files of a sweep: for each trial one of rows and, once the trial has ended, one record.
 
 Tune's own record of an experiment is written every few seconds and may be torn or behind after a kill
 (ray/tune/execution/experiment_state.py). Here a trial has ended if, and only if, its record is there: records are

@@ -1,4 +1,4 @@
-"""What a sweep found: one table of all trials, the ranking at the terminal, and figures over rank and damping."""
+"""The report of a sweep: one table of all trials, the ranking at the terminal, and figures over rank and damping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which trial comes next: Tune searchers and schedulers over the points of a sweep."""
+"""Tune searchers and schedulers over the points of a sweep: they choose the next trial, and stop poor ones."""
 
 from __future__ import annotations
 
