@@ -1,4 +1,4 @@
-"""Which compiled functions do what torch's operations do: see ``blpo_rllib/core/native/operations.cpp``."""
+"""Maps torch's operations to the compiled functions that do the same: ``blpo_rllib/core/native/operations.cpp``."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 A minibatch of a small network takes some two hundred small tensor operations, whose dispatch costs several times their
 arithmetic. All minibatches of one shape take the same ones, on arrays of the same sizes. :class:`Recorder` watches them
 once, the compiled kernels among them, and writes down a list of calls of compiled functions
-(``blpo_rllib/core/native/``) on one block of memory; :class:`Replay` runs the list, in a single call. What is computed
-stands in the recorded code alone.
+(``blpo_rllib/core/native/``) on one block of memory; :class:`Replay` runs the list, in a single call. The mathematics
+is written once, in the code that is recorded.
 """
 
 from __future__ import annotations

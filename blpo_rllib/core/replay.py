@@ -1,4 +1,4 @@
-"""Minibatches by replay: see :mod:`blpo_rllib.core.recording`."""
+"""Takes players through minibatches by replaying recordings of them: see :mod:`blpo_rllib.core.recording`."""
 
 from __future__ import annotations
 
@@ -91,15 +91,15 @@ class ReplayedUpdate:
         source = self._arrays(batch, targets)
         *own, own_targets = (x[rows] for x in source)
         own_num_steps = num_steps.clone()
-        own_columns = None if coordinates is None else coordinates.copy()
+        own_coordinates = None if coordinates is None else coordinates.copy()
         own_shared = None if shared is None else shared.copy_of_correction()
-        inputs = [*own, own_targets, own_num_steps, *_others(own_columns, own_shared)]
+        inputs = [*own, own_targets, own_num_steps, *_others(own_coordinates, own_shared)]
         saved = [x.clone() for x in memory]
         recorder = Recorder(self._kernels, own_targets.dtype, inputs, memory)
         try:
             with torch.no_grad(), recorder:
                 minibatch = Minibatch.of(batch.with_rows(own), own_targets, own_num_steps)
-                result = self._update(minibatch, own_columns, settings, own_shared)
+                result = self._update(minibatch, own_coordinates, settings, own_shared)
         finally:
             for x, before in zip(memory, saved, strict=True):
                 x.copy_(before)

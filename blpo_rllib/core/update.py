@@ -38,7 +38,7 @@ from blpo_rllib.core.segments import SegmentBatch
 
 logger = logging.getLogger(__name__)
 
-# Beyond, arithmetic takes so much longer than dispatch that a replay gains nothing, and it would hold on to its memory.
+# In larger minibatches arithmetic takes so much longer than dispatch that a replay gains nothing for its memory.
 MAX_REPLAYED_SLOTS = 1 << 14
 
 
@@ -75,7 +75,8 @@ class BilevelUpdate:
     ):
         self._optimizers, self._curvature, self._solver = (actor_optimizer, critic_optimizer), curvature, solver
         self._undrawn = None if solver is None else solver.get_state()
-        # Two, because processes with unlike numbers of segments draw unlike numbers for their order.
+        # Two generators: for their order, processes with unlike numbers of segments draw unlike amounts of random
+        # numbers, but all must draw the same coordinates.
         order, coordinates = np.random.SeedSequence(seed).spawn(2)
         self._order_generator, self._coordinate_generator = (
             np.random.default_rng(order),
@@ -87,7 +88,7 @@ class BilevelUpdate:
         self._rate_factor = 1.0
 
     def take_players(self, players: Players) -> None:
-        """Trains these from now on: at the start, and where other parameters than before are trainable.
+        """Trains these players from now on; due where other parameters have become trainable.
 
         The optimizers keep the moments of all parameters, trainable or not.
         """
@@ -100,18 +101,18 @@ class BilevelUpdate:
         self._minibatch_update = MinibatchUpdate(
             players, *self._adams, self._curvature, self._solver, self._reduction, self._added, self._postprocess
         )
-        as_ever = self._added is None and self._postprocess is None
+        is_plain = self._added is None and self._postprocess is None
         self._replayed: ReplayedUpdate | None = None
-        if self._kernels is not None and as_ever and self._is_replayable():
+        if self._kernels is not None and is_plain and self._is_replayable():
             self._replayed = ReplayedUpdate(self._minibatch_update, self._adams, self._kernels)
         self._graphed: Graphed | None = None
         replayable = all(part is None or part.replayable for part in (self._curvature, self._solver))
-        if self._graphs is not None and as_ever and replayable:
+        if self._graphs is not None and is_plain and replayable:
             self._graphed = Graphed(self._take_rows, self._graphs, self._reduction)
         self._drawn: tuple[np.ndarray, Coordinates] | None = None
 
     def forget_draw(self) -> None:
-        """Lets the solver draw anew, for a critic with other coordinates."""
+        """Makes the solver draw new coordinates, due where the critic has other parameters."""
         if self._solver is not None and self._undrawn is not None:
             self._solver.set_state(self._undrawn)
 
@@ -123,7 +124,7 @@ class BilevelUpdate:
         Args:
             batch: M segments, ``num_minibatches`` dividing M.
             num_minibatches: Minibatches per epoch.
-            settings: What to do.
+            settings: Numbers of epochs and nested steps, and the objectives.
             rollouts: What the segments were cut from, for advantages over whole rollouts; None for advantages that end
                 with the segment.
 
@@ -157,7 +158,7 @@ class BilevelUpdate:
             coordinates = self._draw_coordinates(0 if shared is not None else num_minibatches)
             for (rows, num_steps), drawn in zip_longest(self._minibatches(segments, size), coordinates):
                 result = self._step(segments, targets, rows, num_steps, drawn, settings, shared)
-                # A sum, from the start: what a replay reports is overwritten by the next.
+                # Added at once, because the next replay overwrites what this one reports.
                 sums = result.metrics + (result.metrics.zeros() if sums is None else sums)
             num_updates += num_minibatches
             assert sums is not None
@@ -224,9 +225,9 @@ class BilevelUpdate:
             return torch.cat([self._players.critic(slots(part.obs)).values.view_as(part.step) for part in parts])
 
     def _minibatches(self, batch: SegmentBatch, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Those of an epoch, in random order: their segments, int64 [size], and the steps of all processes."""
+        """An epoch's minibatches in random order: rows of the batch, int64 [size], and the steps of all processes."""
         order = torch.as_tensor(self._order_generator.permutation(len(batch)), device=batch.step.device)
-        # A process may have only blank segments in a minibatch, but never do all of them.
+        # A minibatch may be blank on one process, but is not on all.
         num_steps = self._reduction.sum(batch.step.sum(1)[order].view(-1, size).sum(1))
         return zip(order.split(size), num_steps, strict=True)
 
@@ -290,9 +291,12 @@ class BilevelUpdate:
 
 
 def next_rate_factor(factor: float, kl: float, target: float) -> float:
-    """The rule of rsl_rl (Schwarke et al. 2025, arXiv:2509.10771): a rate 1.5 times smaller where the policy moved more
-    than twice as far as ``target``, 1.5 times larger where less than half as far. Here the schedule is the ceiling: a
-    rate that falls to 0 moves the policy less and less, and is not to be raised for that."""
+    """The factor of the actor's rate, in [0.01, 1], after an iteration that moved the policy by ``kl``.
+
+    The rule is that of rsl_rl (Schwarke et al. 2025, arXiv:2509.10771). The rate is divided by 1.5 where the policy
+    moved more than twice as far as ``target``, and multiplied by 1.5 where it moved less than half as far. Here the
+    schedule is the ceiling: a rate that falls to 0 moves the policy less and less, and is not to be raised for that.
+    """
     if kl > 2 * target:
         return max(factor / 1.5, 1e-2)
     if kl < target / 2:
