@@ -94,6 +94,38 @@ def test_imports_go_one_way():
     assert order.index("blpo_rllib.core.gae") < order.index("blpo_rllib.blpo")
 
 
+def layout_rows():
+    """The row of CONTRIBUTING.md's layout on which each module stands: that of the longest path that it begins with."""
+    page = (ROOT / "CONTRIBUTING.md").read_text().partition("## Layout")[2].partition("\n## ")[0]
+    rows = {}
+    for number, row in enumerate(line for line in page.splitlines() if line.startswith("| `")):
+        paths = re.findall(r"`([^`]+)`", row.split(" | ")[0])
+        rows |= {path if "/" in path and path.split("/")[0] in OWN else f"blpo_rllib/{path}": number for path in paths}
+    found = {}
+    for name, path in MODULES.items():
+        matching = [known for known in rows if str(path.relative_to(ROOT)).startswith(known)]
+        found[name] = rows[max(matching, key=len)] if matching else None
+    return found
+
+
+OWN = {path.name for path in ROOT.iterdir() if path.is_dir()}
+
+
+def test_each_row_of_the_layout_imports_from_itself_and_from_above():
+    rows = layout_rows()
+    # The package itself registers the algorithm, and imports all for that.
+    del rows["blpo_rllib"]
+    assert [name for name, row in rows.items() if row is None] == []
+    wrong = [
+        f"{name} imports {other}, which stands below it"
+        for name in rows
+        for other in own_imports(MODULES[name])
+        if other in rows and rows[other] > rows[name]
+    ]
+    assert wrong == []
+    assert rows["blpo_rllib.core.gae"] < rows["blpo_rllib.core.update"] < rows["blpo_rllib.blpo"]
+
+
 @pytest.mark.parametrize("folder", ["benchmarks", "cluster", "docs", "studies", "tests", "tuned_examples"])
 def test_scripts_and_tests_import_what_dev_installs(folder):
     imported = {name for path in (ROOT / folder).rglob("*.py") for name, _ in third_party(path)}
