@@ -14,12 +14,15 @@ import torch
 from episodes import OBS_SIZE
 from problems import SmallPlayers, compiled_kernels, random_batch
 from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.apis import SelfSupervisedLossAPI
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from test_update import SETTINGS, weights
 
 from blpo_rllib import BLPOConfig
+from blpo_rllib.core.added_losses import AddedLosses
 from blpo_rllib.core.advantages import AdvantageRule
 from blpo_rllib.core.curvature import GaussNewton, Hessian
 from blpo_rllib.core.gae import Masks, advantage_operator
@@ -28,6 +31,7 @@ from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentBatch, SegmentPlan
 from blpo_rllib.core.update import BilevelUpdate
+from blpo_rllib.learning.learner import BLPOTorchLearner
 from blpo_rllib.learning.rl_module import BLPOTorchRLModule
 
 NUM_UPDATES = 20
@@ -92,7 +96,28 @@ def shared_batch(seed, cuts, dtype, kernels):
     return shares(batch, masks, cuts, kernels)
 
 
-def train(solver, curvature, settings, cuts, dtype, kernels=None, leave_out=None):
+class StepMeans(AddedLosses):
+    """Means over steps, NaN where there is none, and functions of the parameters alone."""
+
+    def __init__(self, players):
+        self.players = players
+
+    def _mean(self, batch, function):
+        actions, values = self.players.actor_network(batch.obs), self.players.critic_network(batch.obs)[:, 0]
+        return function(actions, values)[batch.segments.step.flatten() > 0].mean()
+
+    def leader(self, batch):
+        return self._mean(batch, lambda mean, v: 0.3 * mean.square().sum(1) * v)
+
+    def follower(self, batch):
+        decay = 0.1 * sum(p.square().sum() for p in self.players.critic_parameters)
+        return decay + self._mean(batch, lambda mean, v: 0.3 * v**4 + 0.2 * v * mean.sum(1))
+
+    def both(self, batch):
+        return self._mean(batch, lambda mean, v: 0.2 * (mean.sum(1) * v).square())
+
+
+def train(solver, curvature, settings, cuts, dtype, kernels=None, leave_out=None, added=lambda players: None):
     """Weights after NUM_UPDATES updates on whole batches, shared between len(cuts) + 1 processes."""
     size = len(cuts) + 1
     meeting = Meeting(size, leave_out)
@@ -115,7 +140,14 @@ def train(solver, curvature, settings, cuts, dtype, kernels=None, leave_out=None
             for parameters, lr in ((players[rank].actor_parameters, 3e-3), (players[rank].critic_parameters, 1e-2))
         ]
         update = BilevelUpdate(
-            players[rank], *optimizers, curvature, copy.deepcopy(solver), 0, reductions[rank], None, kernels
+            players[rank],
+            *optimizers,
+            curvature,
+            copy.deepcopy(solver),
+            0,
+            reductions[rank],
+            kernels=kernels,
+            added=added(players[rank]),
         )
         for batch in batches:
             metrics = update.run(batch[rank], 1, settings)
@@ -175,6 +207,20 @@ def test_penalties_and_clipping():
     alone, *_ = train(Nystrom(3, 0.1), Hessian, settings, (), torch.float64)
     shared, *_ = train(Nystrom(3, 0.1), Hessian, settings, (2,), torch.float64)
     assert error(shared, alone) < 1e-10
+
+
+@pytest.mark.parametrize("cross_reduction", ["mean", "sum"])
+@pytest.mark.parametrize("solver", ["nystrom", "cg"])
+def test_added_losses(solver, cross_reduction):
+    """Of the last share, which has nothing but a blank segment, they are NaN."""
+    settings = replace(SETTINGS, correction=Correction(1.0, 0.7, cross_reduction))
+    alone, *_ = train(SOLVERS[solver], Hessian, settings, (), torch.float64, added=StepMeans)
+    without, *_ = train(SOLVERS[solver], Hessian, settings, (), torch.float64)
+    assert error(alone, without) > 1e-3
+    for cuts in ((1, 3), (5,)):
+        shared, metrics, _ = train(SOLVERS[solver], Hessian, settings, cuts, torch.float64, added=StepMeans)
+        assert error(shared, alone) < 1e-10, cuts
+        assert metrics["hypergradient_fallbacks"] == 0
 
 
 @pytest.mark.parametrize("rule", [AdvantageRule("minibatch", True), AdvantageRule("epoch", True)])
@@ -304,8 +350,8 @@ def get_weights(learner):
     return {name: p.detach().numpy().copy() for name, p in parameters_of(learner).items()}
 
 
-def update_learner(learner, shards):
-    learner.update(episodes=shards[learner._reduction.rank], num_epochs=2, minibatch_size=None, timesteps={})
+def update_learner(learner, shards, minibatch_size=None):
+    learner.update(episodes=shards[learner._reduction.rank], num_epochs=2, minibatch_size=minibatch_size, timesteps={})
 
 
 def group_weights(num_learners, **training):
@@ -356,3 +402,74 @@ def test_learner_groups_of_any_size_agree(training):
     for num_learners in (2, 3):
         shared = group_weights(num_learners, **training)
         assert np.linalg.norm(shared - alone) < 1e-10 * np.linalg.norm(alone), num_learners
+
+
+class AddingLearner(BLPOTorchLearner):
+    """The gradient of V in w through the leader's loss, an entropy through the follower's; NaN without a step."""
+
+    def compute_leader_loss_for_module(self, *, module_id, config, batch, fwd_out):
+        values = self.module[module_id].unwrapped().compute_values({Columns.OBS: batch[Columns.OBS]})
+        return -0.1 * (values * self._entropy(fwd_out))[batch[Columns.LOSS_MASK]].mean()
+
+    def compute_follower_loss_for_module(self, *, module_id, config, batch, fwd_out):
+        values = self.module[module_id].unwrapped().compute_values({Columns.OBS: batch[Columns.OBS]})
+        return (values.square() * self._entropy(fwd_out))[batch[Columns.LOSS_MASK]].mean()
+
+    def _entropy(self, fwd_out):
+        return torch.distributions.Categorical(logits=fwd_out[Columns.ACTION_DIST_INPUTS]).entropy()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_learner_groups_of_any_size_agree_with_added_losses():
+    alone = group_weights(0, learner_class=AddingLearner)
+    assert np.linalg.norm(alone - group_weights(0)) > 1e-3 * np.linalg.norm(alone)
+    shared = group_weights(2, learner_class=AddingLearner)
+    assert np.linalg.norm(shared - alone) < 1e-10 * np.linalg.norm(alone)
+
+
+class RewardModel(TorchRLModule, SelfSupervisedLossAPI):
+    """Neither policy nor value function: predicts rewards, by a loss of its own."""
+
+    def setup(self):
+        self.layer = torch.nn.Linear(OBS_SIZE, 1, dtype=torch.float64)
+
+    def _forward(self, batch, **kwargs):
+        return {"prediction": self.layer(batch[Columns.OBS].double())[..., 0]}
+
+    def compute_self_supervised_loss(self, *, learner, module_id, config, batch, fwd_out):
+        return (fwd_out["prediction"] - batch[Columns.REWARDS]).square().mean()
+
+
+def weights_beside_a_model(shares, minibatch_size=None):
+    """Weights after one update of a module "a" and a model "b", by a learner for each share: its episodes' modules."""
+    config = group_config(0 if len(shares) == 1 else len(shares), ("a", "b"))
+    config.rl_module_spec.rl_module_specs["b"] = RLModuleSpec(
+        RewardModel, observation_space=config.observation_space, action_space=config.action_space
+    )
+    rng = {module_id: np.random.default_rng(number) for number, module_id in enumerate("ab")}
+    shards = [[module_episode(module_id, 20, rng[module_id]) for module_id in share] for share in shares]
+    group = config.build_learner_group()
+    group.foreach_learner(set_weights)
+    results = group.foreach_learner(partial(update_learner, shards=shards, minibatch_size=minibatch_size))
+    assert all(result.ok for result in results), [result.get() for result in results]
+    everyone = [result.get() for result in group.foreach_learner(get_weights)]
+    group.shutdown()
+    for other in everyone[1:]:
+        for name, value in other.items():
+            np.testing.assert_array_equal(value, everyone[0][name])
+    return everyone[0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_models_without_values_beside_others_in_learner_groups():
+    start, alone, shared = (weights_beside_a_model(shares) for shares in (["a"], ["abab"], ["ab", "ab"]))
+    for name, value in alone.items():
+        np.testing.assert_allclose(shared[name], value, rtol=1e-9, atol=1e-12)
+    assert np.abs(alone["b.layer.weight"] - start["b.layer.weight"]).min() > 1e-6
+    # Shares that would make unequal numbers of minibatches, and a learner with nothing for the model.
+    uneven = weights_beside_a_model(["abbb", "ab"], 10)
+    assert np.abs(uneven["b.layer.weight"] - start["b.layer.weight"]).min() > 1e-6
+    one_sided = weights_beside_a_model(["ab", "a"])
+    np.testing.assert_array_equal(one_sided["b.layer.weight"], start["b.layer.weight"])

@@ -23,7 +23,7 @@ class AddedLosses(ABC):
     """What is added to the objectives: each method gives a scalar of (θ, w) on a minibatch with its graph, or None.
 
     A process's scalar counts by its share of the minibatch's steps, so that of a mean over steps, or of the parameters
-    alone, N processes make what one would.
+    alone, N processes make what one would. That of a process without a step does not count, whatever it is.
     """
 
     @abstractmethod
@@ -67,30 +67,30 @@ class AddedTerms:
 
     def leader_gradient(self) -> Tensor:
         """∇_θ (ℓ_J + ℓ), [q]."""
-        return self.share * _gradients([self.leader, self.both], self.players.actor_parameters)
+        return _weighted(self.share, _gradients([self.leader, self.both], self.players.actor_parameters))
 
     def leader_critic_gradient(self) -> Tensor:
         """∇_w ℓ_J, [p]."""
-        return self.share * _gradients([self.leader], self.players.critic_parameters)
+        return _weighted(self.share, _gradients([self.leader], self.players.critic_parameters))
 
     def follower_gradient(self) -> Tensor:
         """∇_w (ℓ_L + ℓ), [p]."""
-        return self.share * self._differentiable().detach()
+        return _weighted(self.share, self._differentiable().detach())
 
     def follower_product(self, x: Tensor) -> Tensor:
         """∇²_ww (ℓ_L + ℓ) x, [p]."""
-        return self.share * _gradients([self._differentiable() @ x], self.players.critic_parameters)
+        return _weighted(self.share, _gradients([self._differentiable() @ x], self.players.critic_parameters))
 
     def follower_rows(self, coordinates: Coordinates) -> Tensor:
         """Rows K of ∇²_ww (ℓ_L + ℓ), [k, p]."""
         entries = self._differentiable()[coordinates.index]
         rows = [_gradients([entry], self.players.critic_parameters) for entry in entries]
-        return self.share * torch.stack(rows)
+        return _weighted(self.share, torch.stack(rows))
 
     def mixed_product(self, x: Tensor, cross_reduction: str) -> Tensor:
         """∇²_θw (ℓ_L + ℓ) x, [q]; with as many times the weight as the cross term's sum over steps gives to L."""
         weight = self.num_steps if cross_reduction == "sum" else self.share
-        return weight * _gradients([self._differentiable() @ x], self.players.actor_parameters)
+        return _weighted(weight, _gradients([self._differentiable() @ x], self.players.actor_parameters))
 
     def _differentiable(self) -> Tensor:
         """∇_w (ℓ_L + ℓ) with its graph, [p]."""
@@ -115,6 +115,11 @@ class AddedCurvature(Curvature):
 
     def local_rows(self, coordinates: Coordinates) -> Tensor:
         return self._curvature.local_rows(coordinates) + self._terms.follower_rows(coordinates)
+
+
+def _weighted(weight: Tensor, x: Tensor) -> Tensor:
+    """``weight`` times ``x``; 0 where the weight is, because a mean over no step is NaN."""
+    return torch.where(weight > 0, weight * x, 0.0)
 
 
 def _gradients(values: Sequence[Tensor | None], parameters: Sequence[Tensor], create_graph: bool = False) -> Tensor:
