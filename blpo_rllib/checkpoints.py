@@ -20,6 +20,8 @@ import pyarrow.fs
 logger = logging.getLogger(__name__)
 
 SEAL = "blpo_checkpoint.json"
+# What to do about one that cannot be used.
+INSTEAD = "name another checkpoint, such as an older one of the same run"
 # Tune's names: checkpoint_000012.
 _PREFIX = "checkpoint_"
 
@@ -63,12 +65,12 @@ def check(filesystem: pyarrow.fs.FileSystem, path: str) -> dict[str, Any]:
     described = _read_seal(filesystem, path, present)
     for name, expected in described["files"].items():
         if name not in present:
-            raise CheckpointError(f"checkpoint {path} is torn: {name} is missing")
+            raise CheckpointError(f"checkpoint {path} is torn: {name} is missing; {INSTEAD}")
         found = _fingerprint(filesystem, path, name)
         if found != expected:
             raise CheckpointError(
                 f"checkpoint {path} is torn: {name} has {found['bytes']} bytes with checksum {found['crc32']}, "
-                f"and {expected['bytes']} with {expected['crc32']} were written"
+                f"and {expected['bytes']} with {expected['crc32']} were written; {INSTEAD}"
             )
     return described
 
@@ -136,17 +138,18 @@ def prune(filesystem: pyarrow.fs.FileSystem, folder: str, keep: int) -> None:
 
 def _read_seal(filesystem: pyarrow.fs.FileSystem, path: str, present: set[str]) -> dict[str, Any]:
     if not present:
-        raise CheckpointError(f"checkpoint {path} does not exist or is empty")
+        raise CheckpointError(f"checkpoint {path} does not exist or is empty; {INSTEAD}")
     if SEAL not in present:
         raise CheckpointError(
-            f"{path} is not a checkpoint of BLPO, or its writing was cut off: it holds {_named(present)}, but no {SEAL}"
+            f"{path} is not a checkpoint of BLPO, or its writing was cut off: it holds {_named(present)}, but no "
+            f"{SEAL}; {INSTEAD}"
         )
     try:
         with filesystem.open_input_stream(posixpath.join(path, SEAL)) as stream:
             described = json.loads(stream.read())
         return described | {"files": dict(described["files"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path} is torn: {SEAL} is unreadable ({error})") from error
+        raise CheckpointError(f"checkpoint {path} is torn: {SEAL} is unreadable ({error}); {INSTEAD}") from error
 
 
 def _named(names: set[str], most: int = 3) -> str:

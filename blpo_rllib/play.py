@@ -146,7 +146,7 @@ def main() -> None:
     p = parser()
     args = p.parse_args()
     if args.episodes < 1:
-        p.error("--episodes must be at least 1")
+        p.error(f"--episodes {args.episodes} must be at least 1")
     if args.video and args.video.suffix not in (".gif", ".mp4"):
         p.error(f"--video {args.video} must end in .gif or .mp4")
     try:

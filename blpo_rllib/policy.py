@@ -121,7 +121,10 @@ def load_policy(path: str | Path, filesystem: pyarrow.fs.FileSystem | None = Non
         modules = Path(folder, COMPONENT_LEARNER_GROUP, COMPONENT_LEARNER, COMPONENT_RL_MODULE)
         names = sorted(module.name for module in modules.iterdir() if module.is_dir())
         if names != [DEFAULT_MODULE_ID]:
-            raise ValueError(f"checkpoint {found} has the modules {', '.join(names)}: load_policy is for one agent")
+            raise ValueError(
+                f"checkpoint {found} has the modules {', '.join(names)}: load_policy is for one agent, use "
+                "BLPO.from_checkpoint(...).get_module(NAME) for these"
+            )
         runner = Path(folder, COMPONENT_ENV_RUNNER)
         return Policy(
             RLModule.from_checkpoint(str(modules / DEFAULT_MODULE_ID)),

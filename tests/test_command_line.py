@@ -192,9 +192,10 @@ def test_release_tests_find_the_file_that_rllib_writes(tuners, reward, tmp_path,
         ("--enable-new-api-stack", "it is the default"),
         ("--old-api-stack", "BLPO runs on RLlib's new API stack only"),
         ("--num-gpus 1", "it is --num-gpus-per-learner and --num-learners"),
+        ("--num-agents 2", "--num-agents has no meaning here: the task has as many agents as its environment"),
         ("--algo PPO", "--algo PPO has no meaning here: the settings are BLPO's"),
         ("--as-test --no-tune", "--as-test and --as-release-test need Tune"),
-        ("--num-samples 0", "--num-samples must be at least 1"),
+        ("--num-samples 0", "--num-samples 0 must be at least 1"),
     ],
 )
 def test_what_has_no_meaning_is_refused(options, message, capsys):

@@ -199,7 +199,7 @@ def test_defaults(parse, tmp_path):
         (["--output", "{used}", "--resume", "--no-tune"], "need Tune: leave out --no-tune"),
         (["--output", "nosuch://bucket/x"], "--output nosuch://bucket/x cannot be used: "),
         (["--output", "az://bucket/x"], "--output az://bucket/x cannot be used: "),
-        (["--checkpoint-keep", "0"], "--checkpoint-keep must be at least 1"),
+        (["--checkpoint-keep", "0"], "--checkpoint-keep 0 must be at least 1"),
     ],
 )
 def test_wrong_options_are_explained(parse, tmp_path, capsys, options, message):

@@ -208,7 +208,7 @@ def test_play_records_the_first_episode(tmp_path, monkeypatch, capsys, suffix):
     ("options", "message"),
     [
         (["--video", "film.avi"], "--video film.avi must end in .gif or .mp4"),
-        (["--episodes", "0"], "--episodes must be at least 1"),
+        (["--episodes", "0"], "--episodes 0 must be at least 1"),
         (["--env", "NoSuch-v0"], "env='NoSuch-v0' is not known to gymnasium"),
     ],
 )

@@ -68,7 +68,7 @@ def test_random_points_are_inside_and_exactly_what_their_names_say():
     [
         ({"search": "gird"}, "search='gird' must be one of 'grid', 'random'"),
         ({"seeds": 0}, "seeds=0 must be at least 1"),
-        ({"values": {"nystrom_rank": [1]}}, "values must have 'nystrom_damping'"),
+        ({"values": {"nystrom_rank": [1]}}, "must have 'nystrom_damping'"),
         ({"values": {"nystrom_rank": [1.5], "nystrom_damping": [1.0]}}, "must be whole numbers"),
         ({"values": {"nystrom_rank": [1], "nystrom_damping": [0.0]}}, "must be numbers > 0"),
         ({"values": {"nystrom_rank": [1], "nystrom_damping": [1.0], "gamma": [1.0]}}, "'gamma' cannot be swept"),

@@ -142,9 +142,9 @@ def _check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     """Checks the options against each other and against what lies at ``--output``."""
     rllib_options.check_options(parser, args)
     if args.checkpoint_keep < 1:
-        parser.error("--checkpoint-keep must be at least 1")
+        parser.error(f"--checkpoint-keep {args.checkpoint_keep} must be at least 1")
     if args.num_samples < 1:
-        parser.error("--num-samples must be at least 1")
+        parser.error(f"--num-samples {args.num_samples} must be at least 1")
     if args.resume and not args.output:
         parser.error("--resume needs --output PATH, the folder or URL of the run to go on with")
     if not args.output:

@@ -34,6 +34,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         "enable_new_api_stack": "it is the default, and the only stack that BLPO runs on",
         "old_api_stack": "BLPO runs on RLlib's new API stack only",
         "num_gpus": "on the new API stack it is --num-gpus-per-learner and --num-learners",
+        "num_agents": "the task has as many agents as its environment; set up others with BLPOConfig.multi_agent()",
     }.items():
         if getattr(args, option):
             parser.error(f"--{option.replace('_', '-')} has no meaning here: {remedy}")

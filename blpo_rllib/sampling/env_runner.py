@@ -246,7 +246,10 @@ class BatchedEnvRunner(SingleAgentEnvRunner):
         """
         obstacle = self.obstacle()
         if obstacle is not None:
-            raise ValueError(f"one episode of each environment is for batched sampling only, but {obstacle}")
+            raise ValueError(
+                f"evaluation_one_episode_per_env=True needs batched sampling, but {obstacle}: set evaluation_duration "
+                "instead"
+            )
         own_seed, self._seed, self._needs_initial_reset = self._seed, seed, True
         try:
             self._reset_envs_and_episodes(explore)

@@ -112,7 +112,7 @@ class EnvPoolVectorEnv(VectorEnv):
             Observations [n, ...] and infos.
         """
         if options:
-            raise ValueError(f"options={options!r}: EnvPool's environments take no options on reset")
+            raise ValueError(f"options={options!r}: EnvPool's environments take no options on reset, leave them out")
         if seed is not None or self._pool is None:
             self._make_pool(np.random.SeedSequence().generate_state(1)[0] >> 2 if seed is None else seed)
         observations, infos = self._pool.reset()

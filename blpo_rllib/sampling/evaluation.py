@@ -32,7 +32,8 @@ class OneEpisodeEach:
     def __call__(self, algorithm: Algorithm, group: Any) -> tuple[dict[str, Any], int, int]:
         if group is None:
             raise ValueError(
-                "evaluation by one episode of each environment needs EnvRunners of its own: set evaluation_interval"
+                "evaluation_one_episode_per_env=True needs EnvRunners for evaluation, of which "
+                f"evaluation_interval={algorithm.config.evaluation_interval} makes none: set 1 or more"
             )
         use_training_statistics(algorithm)
         sample = functools.partial(_sample_one_each, seed=self.seed)

@@ -75,7 +75,9 @@ class ProcessVectorEnv(VectorEnv):
             ValueError: If ``options`` asks for some of the environments only.
         """
         if options and "reset_mask" in options:
-            raise ValueError("options['reset_mask'] is not supported: ProcessVectorEnv resets all environments")
+            raise ValueError(
+                "options['reset_mask'] is not supported: ProcessVectorEnv resets all environments, leave it out"
+            )
         seeds = [None] * self.num_envs if seed is None else seed
         seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seeds)
         results = self._everywhere("reset", [{"seed": seeds[share], "options": options} for share in self._shares])
@@ -122,7 +124,10 @@ class ProcessVectorEnv(VectorEnv):
         if not isinstance(values, (list, tuple)):
             values = [values] * self.num_envs
         if len(values) != self.num_envs:
-            raise ValueError(f"set_attr({name!r}) got {len(values)} values for {self.num_envs} environments")
+            raise ValueError(
+                f"set_attr({name!r}) got {len(values)} values for {self.num_envs} environments: give one for each, or "
+                "a single value for all"
+            )
         self._everywhere("set_attr", [{"name": name, "values": values[share]} for share in self._shares])
 
     def close_extras(self, **kwargs: Any) -> None:

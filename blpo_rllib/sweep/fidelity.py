@@ -80,7 +80,9 @@ def fidelity_of(algo: Any, reference_damping: float) -> Fidelity:
     """
     solver = algo.config.get_ihvp_solver()
     if solver is None:
-        raise ValueError('hypergradient="none" leaves nothing to compare with the exact hypergradient')
+        raise ValueError(
+            'hypergradient="none" leaves nothing to compare with the exact hypergradient: set a solver, e.g. "nystrom"'
+        )
     oracle = Oracle(*problem_of(algo), algo.config.get_curvature())
     return oracle.compare(solver, reference_damping, np.random.default_rng(algo.config.seed or 0))
 

@@ -112,7 +112,9 @@ class SweepPlan:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
         for name in (RANK, DAMPING):
             if name not in self.values:
-                raise ValueError(f"values must have {name!r}: a sweep is over rank and damping at least")
+                raise ValueError(
+                    f"values={dict(self.values)} must have {name!r}: a sweep is over rank and damping at least"
+                )
         for name, values in self.values.items():
             self._check_values(name, values)
         # One order and one type, so that the same plan is the same text.

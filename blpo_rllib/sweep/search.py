@@ -187,7 +187,10 @@ def scheduler_of(points: Points) -> TrialScheduler | None:
             if name in PBT_FIELDS and min(values) < max(values)
         }
         if not mutations:
-            raise ValueError("search='pbt' needs two different dampings or bounds at least, to change between them")
+            raise ValueError(
+                f"values={dict(plan.values)} leave search='pbt' nothing to change: give two different values at least "
+                f"for one of {', '.join(PBT_FIELDS)}"
+            )
         # Tune draws PBT's changes from the global generator.
         random.seed(plan.draw_seed)
         return PopulationBasedTraining(

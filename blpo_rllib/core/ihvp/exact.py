@@ -32,8 +32,8 @@ class Exact(IHVPSolver):
     def check_size(self, size: int) -> None:
         if size > self.max_size:
             raise ValueError(
-                f"the exact solver is for critics of up to {self.max_size} parameters, this one has {size}: "
-                'use hypergradient="nystrom", or pass Exact(max_size=...) if memory allows'
+                f"the critic has {size} parameters, but Exact(max_size={self.max_size}) is for smaller ones: set "
+                'hypergradient="nystrom", or hypergradient=Exact(max_size=...) if memory allows'
             )
 
     def draw(self, size: int, generator: np.random.Generator) -> np.ndarray:
