@@ -18,6 +18,8 @@ from ray.rllib.algorithms.ppo.ppo import PPO, PPOConfig
 from ray.rllib.core.rl_module.apis import SelfSupervisedLossAPI, ValueFunctionAPI
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.env.multi_agent_env_runner import MultiAgentEnvRunner
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 from ray.rllib.utils.schedules.scheduler import Scheduler
@@ -117,7 +119,7 @@ class BLPOConfig(PPOConfig):
         self.nystrom_damping = 50.0
         self.native_kernels = True
         self.cuda_graphs = True
-        self.separate_shared_trunk = False
+        self.separate_shared_trunk: bool | None = None
         # Deprecated; None: not set.
         for name in solver_settings.OLD_FIELDS:
             setattr(self, name, None)
@@ -196,7 +198,7 @@ class BLPOConfig(PPOConfig):
         nystrom_damping: float = NotProvided,
         native_kernels: bool = NotProvided,
         cuda_graphs: bool = NotProvided,
-        separate_shared_trunk: bool = NotProvided,
+        separate_shared_trunk: bool | None = NotProvided,
         **kwargs: Any,
     ) -> Self:
         """Sets the training related configuration.
@@ -248,8 +250,8 @@ class BLPOConfig(PPOConfig):
                 one: a warning, and torch operations instead).
             cuda_graphs: On a GPU, record the work of a minibatch as a CUDA graph, and replay it for the others. Where
                 that fails: a warning, and kernel by kernel.
-            separate_shared_trunk: Make two copies of RLModules of one's own, whose policy and value function share
-                parameters: one acts and the other gives values.
+            separate_shared_trunk: Make two copies of RLModules of one's own: one acts and the other gives values. None
+                for those whose policy and value function share parameters, with a warning; False to refuse these.
             **kwargs: PPO's and RLlib's own arguments. ``minibatch_size`` counts steps and should be a multiple of the
                 segment length. :mod:`blpo_rllib.ppo_settings` says what becomes of each.
 
@@ -318,7 +320,7 @@ class BLPOConfig(PPOConfig):
 
     def _adapted(self, spec: RLModuleSpec) -> RLModuleSpec:
         spec.model_config = adapted(rllib_private.full_model_config(spec), spec.action_space)
-        return separated(spec) if self.separate_shared_trunk else spec
+        return separated(spec, self.separate_shared_trunk)
 
     @override(PPOConfig)
     def get_config_for_module(self, module_id: str) -> Self:
@@ -353,6 +355,16 @@ class BLPOConfig(PPOConfig):
         fragment = self.get_rollout_fragment_length()
         return self.segment_length or min(fragment, self.minibatch_size or fragment)
 
+    def _choose_number_of_envs(self) -> None:
+        """One for EnvRunners that are not RLlib's, as in PPO: they may not make environments at all.
+
+        Where one of them collects a single fragment and then waits for new weights, as RLlib's server for external
+        environments does, a batch must be one fragment.
+        """
+        cls, own = self.env_runner_cls, (SingleAgentEnvRunner, MultiAgentEnvRunner)
+        if cls is not None and not issubclass(cls, own) and "num_envs_per_env_runner" not in self.set_by_user:
+            object.__setattr__(self, "num_envs_per_env_runner", 1)
+
     def _choose_minibatch_size(self) -> None:
         """The reference's minibatches; in a smaller batch those of the reference's kind, one fragment each."""
         if "minibatch_size" in self.set_by_user or self.in_evaluation:
@@ -385,6 +397,7 @@ class BLPOConfig(PPOConfig):
 
     @override(PPOConfig)
     def validate(self) -> None:
+        self._choose_number_of_envs()
         self._choose_minibatch_size()
         super().validate()
         self._choose_env_runner()
@@ -528,9 +541,13 @@ class BLPOConfig(PPOConfig):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or value <= 0):
                 self._value_error(f"{name}={value!r} must be a number > 0, or None for none")
-        for name in ("native_kernels", "cuda_graphs", "separate_shared_trunk"):
+        for name in ("native_kernels", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 self._value_error(f"{name}={getattr(self, name)!r} must be True or False")
+        if not isinstance(self.separate_shared_trunk, (bool, type(None))):
+            self._value_error(
+                f"separate_shared_trunk={self.separate_shared_trunk!r} must be True, False, or None for where needed"
+            )
         for name in ("hypergradient_bound", "cross_clip_param"):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or value < 0):

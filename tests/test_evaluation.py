@@ -112,6 +112,29 @@ def test_remote_evaluation(one_each):
         algo.stop()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("one_each", [False, True])
+def test_evaluation_beside_training(one_each):
+    """It goes by what the training's EnvRunners had seen when an iteration ended, and adds nothing to it."""
+    c = config(
+        evaluation_num_env_runners=1, evaluation_parallel_to_training=True, evaluation_one_episode_per_env=one_each
+    ).env_runners(num_env_runners=1)
+    algo = c.build_algo()
+    try:
+        seen = []
+        for _ in range(3):
+            results = algo.train()
+            assert results["evaluation"]["env_runners"]["num_episodes"] == (2 if one_each else 3)
+            seen.append(algo.env_runner_group.foreach_env_runner(statistics, local_env_runner=False)[0])
+        (found,) = algo.eval_env_runner_group.foreach_env_runner(statistics, local_env_runner=False)
+        (used,) = [each for each in seen if each[0] == found[0]]
+        assert_same(found, used)
+        steps = algo.metrics.peek(("env_runners", "num_env_steps_sampled_lifetime"))
+        assert steps <= seen[-1][0] <= 1.3 * steps
+    finally:
+        algo.stop()
+
+
 def test_evaluation_on_the_trainings_own_env_runner():
     algo = config(evaluation_interval=None).build_algo()
     try:

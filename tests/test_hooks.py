@@ -331,6 +331,22 @@ class SharedTrunk(TorchRLModule, ValueFunctionAPI):
         return self.values(torch.tanh(self.trunk(batch[Columns.OBS])))[..., 0]
 
 
+class TwoLayers(SharedTrunk):
+    """Values have a layer of their own, and the training pass reads actions, as those of some modules of RLlib's do."""
+
+    def setup(self):
+        super().setup()
+        self.own = torch.nn.Linear(OBS_SIZE, 1)
+
+    def _forward_train(self, batch, **kwargs):
+        logits = self._forward(batch)[Columns.ACTION_DIST_INPUTS]
+        logp = torch.distributions.Categorical(logits=logits).log_prob(batch[Columns.ACTIONS])
+        return {Columns.ACTION_DIST_INPUTS: logits, Columns.ACTION_LOGP: logp}
+
+    def compute_values(self, batch, embeddings=None):
+        return self.own(batch[Columns.OBS])[..., 0]
+
+
 def test_nan_weights():
     class Broken(DefaultPPOTorchRLModule):
         def setup(self):
@@ -343,13 +359,17 @@ def test_nan_weights():
 
 class TestSharedTrunk:
     def test_is_refused_with_what_to_do(self):
-        c = config().rl_module(rl_module_spec=RLModuleSpec(SharedTrunk))
-        with pytest.raises(ValueError, match=r"shares 2 parameters.*trunk.*separate_shared_trunk=True in config.train"):
+        c = config(separate_shared_trunk=False).rl_module(rl_module_spec=RLModuleSpec(SharedTrunk))
+        with pytest.raises(ValueError, match=r"shares 2 parameters.*trunk.*separate_shared_trunk=None in config.train"):
             c.validate()
+        with pytest.raises(ValueError, match="separate_shared_trunk='yes' must be True, False, or None"):
+            config(separate_shared_trunk="yes").validate()
 
-    def test_two_copies(self):
-        c = config(separate_shared_trunk=True).rl_module(rl_module_spec=RLModuleSpec(SharedTrunk))
+    @pytest.mark.parametrize("wanted", [True, None])
+    def test_two_copies(self, wanted, caplog):
+        c = config(separate_shared_trunk=wanted).rl_module(rl_module_spec=RLModuleSpec(SharedTrunk))
         learner = built(c)
+        assert ("(SharedTrunk) shares parameters between policy and value function" in caplog.text) == (wanted is None)
         before = weights(learner)
         for name in ("trunk", "policy", "values"):
             assert torch.equal(before[f"actor.{name}.weight"], before[f"critic.{name}.weight"])
@@ -367,6 +387,21 @@ class TestSharedTrunk:
     def test_other_modules_stay_one(self):
         learner = built(config(separate_shared_trunk=True))
         assert type(learner.module[MODULE]).__name__ == "BLPOTorchRLModule"
+
+    def test_nothing_shared_nothing_copied(self):
+        """The search for shared parameters leaves the weights as they would have been."""
+        found = []
+        for wanted in (None, False):
+            c = config(separate_shared_trunk=wanted).rl_module(rl_module_spec=RLModuleSpec(TwoLayers))
+            torch.manual_seed(0)
+            found.append(c.get_rl_module_spec().build())
+        assert [type(module) for module in found] == [TwoLayers] * 2
+        learner = built(c)
+        before = weights(learner)
+        update(learner, 64)
+        assert moved(learner, before) == {name for name in before if not name.startswith("values.")}
+        for a, b in zip(*(module.parameters() for module in found)):
+            assert torch.equal(a, b)
 
 
 class TestOrderOfCalls:
@@ -454,7 +489,7 @@ class TestModulesWithoutValues:
         spec = RLModuleSpec(PolicyOnly, observation_space=SPACE, action_space=gym.spaces.Discrete(2))
         learner = built(self.two(spec).multi_agent(policies_to_train=lambda module_id, batch: True))
         with pytest.raises(ValueError, match=r"'other' \(PolicyOnly\) has no value function"):
-            list(learner._minibatches_of_others({"other": {}}, 0))
+            list(learner._minibatches_of_others({"other": {}}, 0, num_epochs=1, minibatch_size=None))
 
     def test_intrinsic_curiosity(self):
         """RLlib's example: a model without value function, trained by a loss of its own, adds to the rewards."""

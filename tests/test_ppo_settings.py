@@ -10,6 +10,8 @@ from ray import tune
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
+from ray.rllib.env.external.env_runner_server_for_external_inference import EnvRunnerServerForExternalInference
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.examples.learners.classes.custom_ppo_loss_fn_learner import PPOTorchLearnerWithWeightRegularizerLoss
 from ray.rllib.policy.policy import PolicySpec
 
@@ -91,6 +93,16 @@ class TestBatchSizes:
         assert "'nystrom_rnk' is no setting of BLPO's or RLlib's: did you mean 'nystrom_rank'?" in said(
             config().update_from_dict({"nystrom_rnk": 7})
         )
+
+    def test_env_runners_that_are_not_rllibs_have_one_environment(self):
+        """A batch is then one fragment; RLlib's server for external environments would wait for ever for a second."""
+        for cls, expected in ((EnvRunnerServerForExternalInference, 1), (SingleAgentEnvRunner, 32), (None, 32)):
+            c = config().env_runners(env_runner_cls=cls)
+            c.validate()
+            assert (c.num_envs_per_env_runner, c.get_rollout_fragment_length()) == (expected, 20480 / expected)
+        c = config().env_runners(env_runner_cls=EnvRunnerServerForExternalInference, num_envs_per_env_runner=4)
+        c.validate()
+        assert c.num_envs_per_env_runner == 4
 
     def test_default_minibatches_of_a_smaller_batch_are_fragments(self, said):
         c = config().env_runners(num_envs_per_env_runner=4).training(train_batch_size_per_learner=512)

@@ -15,6 +15,7 @@ from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
+from ray.rllib.examples.rl_modules.classes.lstm_containing_rlm import LSTMContainingRLModule
 from test_data_parallel import Meeting, ThreadReduction
 from test_learner import assert_equal
 from test_update import SETTINGS
@@ -64,6 +65,11 @@ class TwoLSTMs(TorchRLModule, ValueFunctionAPI):
             Columns.STATE_OUT: {"actor": actor, "critic": critic},
         }
 
+    def _forward_train(self, batch, **kwargs):
+        # RLlib's training batches have actions too, and there are modules that read them.
+        assert batch[Columns.ACTIONS].shape == batch[Columns.OBS].shape[:2]
+        return self._forward(batch, **kwargs)
+
     def compute_values(self, batch, embeddings=None):
         return self.value(self._run("critic", batch)[0])[..., 0]
 
@@ -103,9 +109,9 @@ def config(cls=None, max_seq_len=4, **training):
         .training(train_batch_size_per_learner=64, minibatch_size=16, num_epochs=2, nystrom_rank=2, **training)
         .debugging(seed=3)
     )
-    model_config = {"max_seq_len": max_seq_len}
+    model_config = {"max_seq_len": max_seq_len, "lstm_cell_size": 6}
     if cls is None:
-        return base.rl_module(model_config=model_config | {"use_lstm": True, "lstm_cell_size": 6, "fcnet_hiddens": [5]})
+        return base.rl_module(model_config=model_config | {"use_lstm": True, "fcnet_hiddens": [5]})
     return base.rl_module(rl_module_spec=RLModuleSpec(module_class=cls, model_config=model_config))
 
 
@@ -146,7 +152,7 @@ def batched(state):
     return torch.utils._pytree.tree_map(lambda x: torch.as_tensor(x)[None], state)
 
 
-@pytest.mark.parametrize("cls", [None, TwoLSTMs], ids=["use_lstm", "custom"])
+@pytest.mark.parametrize("cls", [None, TwoLSTMs, LSTMContainingRLModule], ids=["use_lstm", "custom", "two copies"])
 @pytest.mark.parametrize("max_seq_len", [1, 4, 100])
 @pytest.mark.parametrize(("num_segments", "segment_length"), [(1, 1000), (9, 9)])
 def test_values_and_policies_of_slots_are_those_met_while_sampling(cls, max_seq_len, num_segments, segment_length):
@@ -154,6 +160,9 @@ def test_values_and_policies_of_slots_are_those_met_while_sampling(cls, max_seq_
     is the same, log π the recorded one, and V behind a cut or truncated end that of the next observation."""
     learner = config(cls, max_seq_len, segment_length=segment_length).build_learner()
     module = learner.module["default_policy"]
+    for p in module.parameters():
+        # Two copies of a module start alike.
+        p.data += 0.1 * torch.randn_like(p)
     rng = np.random.default_rng(0)
     kinds = [{"terminated": True}, {"truncated": True}, {}, {"t_started": 7}, {"t_started": 3, "terminated": True}]
     played = [play(module, n, rng, **kind) for n, kind in zip((30, 9, 21, 14, 5), kinds, strict=True)]
@@ -419,6 +428,14 @@ def test_rows_of_the_hessian_in_one_pass_are_those_one_by_one(oracle):
     critic._batched = False
     torch.testing.assert_close(rows, critic.second_order_rows(coordinates, loss.cotangent, 2 * weights))
     assert (rows - expected["hessian"][coordinates.index]).norm() <= 1e-7 * rows.norm()
+
+
+def test_the_table_in_the_docs_is_that_of_the_results():
+    page = stateless_cartpole.PAGE.read_text()
+    between = page[
+        page.index(stateless_cartpole.BEGIN) + len(stateless_cartpole.BEGIN) : page.index(stateless_cartpole.END)
+    ]
+    assert between.strip() == stateless_cartpole.table(stateless_cartpole.load())
 
 
 @pytest.mark.slow

@@ -55,6 +55,7 @@ from blpo_rllib.learning.players import (
     blank_observation,
     check_module_class,
 )
+from blpo_rllib.learning.separate import SeparatePlayersModule
 from blpo_rllib.learning.train_batch import ModuleSegments
 from blpo_rllib.rllib_private import lr_scheduler_makers
 
@@ -145,6 +146,14 @@ class BLPOTorchLearner(PPOTorchLearner):
             raise ValueError(
                 f"module {module_id!r} ({type(module).__name__}) has NaN or infinite weights before training: "
                 f"{', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}. Look at how they are initialised"
+            )
+        if isinstance(module, SeparatePlayersModule) and config.separate_shared_trunk is None:
+            logger.warning(
+                "module %r (%s) shares parameters between policy and value function, which BLPO's players cannot: it "
+                "is trained as two copies, of which one acts and the other gives values (separate_shared_trunk=True "
+                "does so without this warning, False refuses it)",
+                module_id,
+                type(module.actor).__name__,
             )
         players = RLModulePlayers(module, module_id, kernels=self.kernels)
         solver = copy.deepcopy(config.get_ihvp_solver())
@@ -334,7 +343,7 @@ class BLPOTorchLearner(PPOTorchLearner):
         module = self._module[module_id].unwrapped()
         obs, action = blank_observation(module, 1), blank_action(module, 1)
         with torch.no_grad():
-            outputs = self._players[module_id].forward_train(batch_of(obs))[Columns.ACTION_DIST_INPUTS]
+            outputs = self._players[module_id].forward_train(batch_of(obs, action))[Columns.ACTION_DIST_INPUTS]
         zero = outputs.new_zeros(1)
         return {
             Columns.OBS: obs,
@@ -356,7 +365,10 @@ class BLPOTorchLearner(PPOTorchLearner):
         **kwargs: Any,
     ) -> Iterable[MultiAgentBatch]:
         if training_data.data_iterators:
-            raise ValueError("BLPO is on-policy and learns from episodes, not from data iterators (offline data)")
+            raise ValueError(
+                "update(data_iterators=...) was called, but BLPO is on-policy and learns from episodes of its own "
+                "policy: call update(episodes=...), and leave offline_data(input_=...) unset"
+            )
         if training_data.batch is not None:
             return [training_data.batch]
         assert training_data.episodes is not None
@@ -404,18 +416,48 @@ class BLPOTorchLearner(PPOTorchLearner):
         return {module_id for module_id in columns if self.should_module_be_updated(module_id, batch)}
 
     def _minibatches_of_others(
-        self, columns: dict[str, dict[str, Any]], num_steps: int, **kwargs: Any
+        self,
+        columns: dict[str, dict[str, Any]],
+        num_steps: int,
+        *,
+        num_epochs: int,
+        minibatch_size: int | None,
+        num_total_minibatches: int = 0,
+        **kwargs: Any,
     ) -> Iterable[MultiAgentBatch]:
-        """Minibatches of single steps, as PPO makes them, for modules without value function."""
+        """Minibatches of single steps, as PPO makes them, for modules without value function.
+
+        Learners meet in each of them, so that all make the same number, of modules that all have steps of.
+        """
         modules = self._to_train(columns, num_steps) - self._bilevel_updates.keys()
         for module_id in modules:
             if not self._module_optimizers[module_id]:
                 check_module_class(type(self._module[module_id].unwrapped()), module_id)
-        if not modules:
+        batches = {module_id: SampleBatch(columns[module_id]) for module_id in sorted(modules)}
+        own = {module_id: len(batch) for module_id, batch in batches.items()}
+        everyone = self._reduction.gather(own) if self._trains_others() else [own]
+        common = set.intersection(*map(set, everyone))
+        if idle := sorted(set.union(*map(set, everyone)) - common):
+            logger.warning("modules %s: not trained on this batch, of which some learner has no step of theirs", idle)
+        if not common:
             return []
+        longest = max(sizes[module_id] for sizes in everyone for module_id in common)
+        minibatch_size = minibatch_size or longest
+        if self.distributed:
+            num_total_minibatches = num_epochs * -(-longest // minibatch_size)
         # Environment steps are counted with the other modules.
-        batch = MultiAgentBatch({module_id: SampleBatch(columns[module_id]) for module_id in modules}, env_steps=0)
-        return super()._create_iterator_if_necessary(training_data=TrainingData(batch=batch), **kwargs)
+        batch = MultiAgentBatch({module_id: batches[module_id] for module_id in sorted(common)}, env_steps=0)
+        return super()._create_iterator_if_necessary(
+            training_data=TrainingData(batch=batch),
+            num_epochs=num_epochs,
+            minibatch_size=minibatch_size,
+            num_total_minibatches=num_total_minibatches,
+            **kwargs,
+        )
+
+    def _trains_others(self) -> bool:
+        """Whether there are modules without value function to train, the same on all learners."""
+        return any(self._module_optimizers[module_id] for module_id in self._module_optimizers.keys() - self._players)
 
     def _packed_columns(self, episodes: list[Any], minibatch_size: int | None) -> dict[str, dict[str, Any]]:
         """What the connectors make of the episodes, by module."""

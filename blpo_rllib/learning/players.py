@@ -30,6 +30,10 @@ from blpo_rllib.learning.rl_module import BLPOTorchRLModule
 from blpo_rllib.rllib_private import training_pass
 
 
+class SharedParametersError(ValueError):
+    """Actor and critic have parameters in common."""
+
+
 class RLModulePlayers(Players):
     """An RLModule as the two players of the bilevel game.
 
@@ -43,7 +47,8 @@ class RLModulePlayers(Players):
         kernels: Compiled functions, used for perceptrons on a CPU in float32 or float64.
 
     Raises:
-        ValueError: If the module lacks a value function, or shares parameters between the players.
+        ValueError: If the module lacks a value function.
+        SharedParametersError: If the players share parameters.
     """
 
     def __init__(self, module: Any, module_id: str, kernels: Kernels | None = None):
@@ -51,14 +56,14 @@ class RLModulePlayers(Players):
         self._module, self._kernels = slotwise(module), kernels
         self._distribution = module.get_train_action_dist_cls()
         self._old_distribution = module.get_exploration_action_dist_cls()
-        self._values_first = _needs_values_first(self._module, blank_observation(module, 2))
+        self._values_first = _needs_values_first(self._module, blank_observation(module, 2), blank_action(module, 2))
         critic, actor = self._members(module)
         if shared := sorted(name for name in critic.keys() & actor.keys() if critic[name].requires_grad):
-            raise ValueError(
+            raise SharedParametersError(
                 f"module {module_id!r} ({type(module).__name__}) shares {len(shared)} parameters between actor and "
                 f"critic ({', '.join(shared[:3])}, ...), but BLPO's leader and follower must be separate: give each an "
-                "encoder of its own, or set separate_shared_trunk=True in config.training(), which makes two copies of "
-                "the module, one for each player"
+                "encoder of its own, or leave separate_shared_trunk=None in config.training(), which makes two copies "
+                "of the module, one for each player"
             )
         # All of a player, frozen ones included: its optimizer holds them, because they may be unfrozen later.
         self.actor_members = [p for name, p in actor.items() if name not in critic]
@@ -81,12 +86,12 @@ class RLModulePlayers(Players):
         """The parameters that V depends on and those that the action distribution does, frozen ones included."""
         parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
         frozen = [p for p in parameters.values() if not p.requires_grad]
-        obs = blank_observation(module, 2)
+        obs, actions = blank_observation(module, 2), blank_action(module, 2)
         try:
             for p in frozen:
                 p.requires_grad_(True)
             critic = _depends_on(self._module.compute_values(batch_of(obs)), parameters)
-            actor = _depends_on(self.forward_train(batch_of(obs))[Columns.ACTION_DIST_INPUTS], parameters)
+            actor = _depends_on(self.forward_train(batch_of(obs, actions))[Columns.ACTION_DIST_INPUTS], parameters)
         finally:
             for p in frozen:
                 p.requires_grad_(False)
@@ -138,7 +143,7 @@ class RLModulePlayers(Players):
 
     def actor(self, obs: Any, actions: Any, old_dist_inputs: Tensor | None) -> ActorPass:
         if self._actor_mlp is None:
-            inputs = self.forward_train(batch_of(obs))[Columns.ACTION_DIST_INPUTS]
+            inputs = self.forward_train(batch_of(obs, actions))[Columns.ACTION_DIST_INPUTS]
             terms = self._terms(inputs, actions, old_dist_inputs)
             return AutogradActorPass(*terms, self.actor_parameters)
         head = self._policy_head(actions, old_dist_inputs)
@@ -184,23 +189,24 @@ def check_module_class(module_class: type, module_id: str) -> None:
         )
 
 
-def _needs_values_first(module: Any, obs: Any) -> bool:
+def _needs_values_first(module: Any, obs: Any, actions: Any) -> bool:
     """Whether the training pass gives other results where ``compute_values`` ran on the batch before, as in PPO."""
     with torch.no_grad():
-        batch = batch_of(obs)
+        batch = batch_of(obs, actions)
         module.compute_values(batch)
         after_values = module.forward_train(batch)[Columns.ACTION_DIST_INPUTS]
         try:
-            alone = module.forward_train(batch_of(obs))[Columns.ACTION_DIST_INPUTS]
+            alone = module.forward_train(batch_of(obs, actions))[Columns.ACTION_DIST_INPUTS]
         except Exception:
             # Whatever the module raises where it misses what it expects in the batch.
             return True
     return not torch.equal(alone, after_values)
 
 
-def batch_of(obs: Any) -> dict[str, Any]:
-    """A batch of observations that a module may change, nested ones included."""
-    return {Columns.OBS: obs if isinstance(obs, Tensor) else tree.map_structure(lambda x: x, obs)}
+def batch_of(obs: Any, actions: Any = None) -> dict[str, Any]:
+    """A batch that a module may change, nested observations included; with actions as a training pass gets it."""
+    batch = {Columns.OBS: obs if isinstance(obs, Tensor) else tree.map_structure(lambda x: x, obs)}
+    return batch if actions is None else {**batch, Columns.ACTIONS: actions}
 
 
 def blank_observation(module: Any, count: int) -> Any:

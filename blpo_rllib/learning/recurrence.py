@@ -103,7 +103,8 @@ class SlotwiseModule:
     """A recurrent RLModule that takes slots [n, ...] as a feed-forward one does.
 
     Its observations are :func:`recurrent_observation`; the module itself gets them as RLlib's learners give them to it:
-    sequences [P, L, ...] under "obs", their initial states [P, ...] under "state_in", their lengths under "seq_lens".
+    sequences [P, L, ...] under "obs" and "actions", their initial states [P, ...] under "state_in", their lengths under
+    "seq_lens".
 
     Args:
         module: A torch RLModule with a value function and an initial state.
@@ -127,11 +128,14 @@ class SlotwiseModule:
 
     def _columns(self, batch: dict[str, Any], sequences: Sequences) -> dict[str, Any]:
         slots = batch[Columns.OBS]
-        return {
+        columns = {
             Columns.OBS: tree.map_structure(sequences.pad, slots[Columns.OBS]),
             Columns.STATE_IN: tree.map_structure(lambda x: x[sequences.starts], slots[Columns.STATE_IN]),
             Columns.SEQ_LENS: sequences.lengths,
         }
+        if Columns.ACTIONS in batch:
+            columns[Columns.ACTIONS] = tree.map_structure(sequences.pad, batch[Columns.ACTIONS])
+        return columns
 
 
 def slotwise(module: Any) -> Any:

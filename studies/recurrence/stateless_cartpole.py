@@ -6,7 +6,8 @@
 The environment is RLlib's example ``StatelessCartPole`` with episodes of at most 500 steps. Actor and critic have an
 encoder of one layer and an LSTM each. PPO has RLlib's own learner with its defaults and, like BLPO, this project's
 sampling, which makes the same episodes as RLlib's in less time. A run ends when the mean return of the last 50
-episodes reaches ``--stop-reward``, or at ``--stop-timesteps``. Every run is kept in results/.
+episodes reaches ``--stop-reward``, or at ``--stop-timesteps``. Every run is kept in results/, and docs/results.md shows
+them as a table.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from blpo_rllib.experiments.provenance import provenance
 from blpo_rllib.sampling.env_runner import BatchedEnvRunner
 
 OUTPUT = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+BEGIN, END = "<!-- memory:begin -->", "<!-- memory:end -->"
 ENV = "stateless_cartpole"
 NETWORK = {
     "use_lstm": True,
@@ -92,9 +95,19 @@ def recent_return(rows: list[Row]) -> float:
     return float(np.mean(returns)) if returns else float("nan")
 
 
+def load() -> list[dict[str, Any]]:
+    """The kept runs."""
+    return [json.loads(path.read_text()) for path in sorted(OUTPUT.glob("*.json"))]
+
+
 def table(runs: list[dict[str, Any]]) -> str:
     """When each run first reached :data:`SUCCESS`, its best mean return, and where it ended."""
+    about = runs[0]["provenance"]
+    dates = sorted({each["provenance"]["date"] for each in runs})
     lines = [
+        f"Runs of {' to '.join(dates)} on {about['machine']}, one thread each; torch {about['torch']}, "
+        f"ray {about['ray']}.",
+        "",
         f"| algorithm | seed | steps to {SUCCESS:.0f} | best return | last return | at steps |",
         "|---|---|---|---|---|---|",
     ]
@@ -105,6 +118,13 @@ def table(runs: list[dict[str, Any]]) -> str:
         best, (steps, last) = max(mean for _, mean in curve), curve[-1]
         lines.append(f"| {each['algorithm']} | {each['seed']} | {first} | {best:.0f} | {last:.0f} | {steps:,} |")
     return "\n".join(lines)
+
+
+def write_page() -> None:
+    """Puts the table between its markers."""
+    text = PAGE.read_text()
+    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    PAGE.write_text(f"{before}\n{table(load())}\n{after}")
 
 
 def main() -> None:
@@ -119,9 +139,10 @@ def main() -> None:
     for algorithm in args.algorithms:
         for seed in args.seeds:
             result = run(algorithm, seed, args.stop_timesteps, args.stop_reward)
-            (OUTPUT / f"{algorithm}_seed{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
+            (OUTPUT / f"{algorithm}_seed{seed}.json").write_text(json.dumps(result) + "\n")
     ray.shutdown()
-    print(table([json.loads(path.read_text()) for path in sorted(OUTPUT.glob("*.json"))]))
+    print(table(load()))
+    write_page()
 
 
 if __name__ == "__main__":
