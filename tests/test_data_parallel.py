@@ -444,9 +444,9 @@ class RewardModel(TorchRLModule, SelfSupervisedLossAPI):
 def weights_beside_a_model(shares, minibatch_size=None):
     """Weights after one update of a module "a" and a model "b", by a learner for each share: its episodes' modules."""
     config = group_config(0 if len(shares) == 1 else len(shares), ("a", "b"))
-    config.rl_module_spec.rl_module_specs["b"] = RLModuleSpec(
-        RewardModel, observation_space=config.observation_space, action_space=config.action_space
-    )
+    model = RLModuleSpec(RewardModel, observation_space=config.observation_space, action_space=config.action_space)
+    specs = {"a": config.rl_module_spec.rl_module_specs["a"], "b": model}
+    config.rl_module(rl_module_spec=MultiRLModuleSpec(rl_module_specs=specs))
     rng = {module_id: np.random.default_rng(number) for number, module_id in enumerate("ab")}
     shards = [[module_episode(module_id, 20, rng[module_id]) for module_id in share] for share in shares]
     group = config.build_learner_group()
