@@ -24,7 +24,7 @@ def test_one_line_is_changed_in_every_script():
 def one_ray():
     for package in ("ale_py", "pettingzoo", "pyspiel", "supersuit"):
         pytest.importorskip(package, reason="needs the extra blpo_rllib[conformance]")
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=run.NUM_CPUS, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

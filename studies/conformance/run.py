@@ -5,10 +5,11 @@
     python -m studies.conformance.run --missing           # those not known to train
 
 Each script runs in a process of its own, for one iteration of a few hundred steps: the options ``--stop-iters=1
---no-tune --num-env-runners=0``, and defaults of the algorithms made small where the script sets nothing itself. A run
-counts as trained if it ends by itself, its algorithm has taken at least one step of training, and all of the learners
-were BLPO's. A script that does not train is run under PPO too, once: if it does not train there either, it is out. What
-came out is kept in results/, and docs/conformance.md shows it as a table.
+--num-env-runners=0``, ``--no-tune`` where it reads no results of Tune's, and defaults of the algorithms made small
+where the script sets nothing itself. Scripts without such options train as long as they please. A run counts as trained
+if it ends by itself, its algorithm has taken at least one step of training, and all of the learners were BLPO's. A
+script that does not train is run under PPO too, once: if it does not train there either, it is out. What came out is
+kept in results/, and docs/conformance.md shows it as a table. Tune's own files go to ~/ray_results.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ RESULTS = Path(__file__).parent / "results" / "conformance.json"
 PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 TIME_LIMIT_S = 600.0
+# Promised to Ray, whatever the machine has: the scripts' processes wait for each other most of the time.
+NUM_CPUS = 8
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,11 @@ def load() -> dict[str, Any]:
 
 
 def save(outcomes: dict[str, Any]) -> None:
+    """Keeps the outcomes of the scripts that there are."""
     RESULTS.parent.mkdir(exist_ok=True)
-    kept = {"provenance": provenance(), "scripts": dict(sorted(outcomes.items()))}
-    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+    names = {script.name for script in scripts()}
+    known = {name: outcome for name, outcome in sorted(outcomes.items()) if name in names}
+    RESULTS.write_text(json.dumps({"provenance": provenance(), "scripts": known}, indent=1) + "\n")
 
 
 def counts(outcomes: dict[str, Any], script: Script) -> bool:
@@ -152,7 +157,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="run the scripts whose name contains one of these")
     parser.add_argument("--missing", action="store_true", help="leave out the scripts known to train")
     args = parser.parse_args()
-    ray.init(include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False)
     outcomes = load()
     for script in scripts():
         known = outcomes.get(script.name, {})

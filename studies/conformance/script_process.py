@@ -10,11 +10,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from studies.conformance.scripts import Script
+from studies.conformance.scripts import EXAMPLES, Script
 
 # Where a script sets nothing itself.
 SMALL_BATCH = 256
-COMMON = ["--no-tune", "--stop-iters=1", "--num-env-runners=0"]
+COMMON = ["--stop-iters=1", "--num-env-runners=0"]
+# Where processes of the script's Ray, such as Tune's trials, find the folder of its records.
+FOLDER = "CONFORMANCE_FOLDER"
 
 
 def run(script: Script, algorithm: str, folder: str, address: str) -> None:
@@ -25,18 +27,28 @@ def run(script: Script, algorithm: str, folder: str, address: str) -> None:
     os.dup2(log, 2)
     os.environ |= {
         "RAY_ADDRESS": address,
-        "TUNE_RESULT_DIR": folder,
         "WANDB_MODE": "offline",
         "SDL_VIDEODRIVER": "dummy",
+        # Where `serve` is.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        FOLDER: folder,
+        # What `ray.init` in the script takes over.
+        "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": _of_workers(folder)}),
     }
     os.chdir(folder)
     options = COMMON if script.takes_examples_options else []
+    if options and not script.needs_tune:
+        options = [*options, "--no-tune"]
     algo = ["--algo=BLPO"] if algorithm == "BLPO" and script.takes_algo else []
     path = Path(folder) / Path(script.path).name
     path.write_text(script.with_blpo() if algorithm == "BLPO" else script.source)
+    # What it looks for beside itself.
+    (path.parent / "classes").symlink_to((EXAMPLES / script.path).parent / "classes")
     sys.argv = [str(path), *options, *algo, *script.options]
-    _make_defaults_small(algorithm)
-    _record_training(Path(folder))
+    # A script without these options trains until it has learnt.
+    if script.takes_examples_options:
+        _make_defaults_small(algorithm)
+    record_training()
     error = None
     try:
         runpy.run_path(str(path), run_name="__main__")
@@ -76,11 +88,17 @@ def _make_defaults_small(algorithm: str) -> None:
     Config.__init__ = init
 
 
-def _record_training(folder: Path) -> None:
+def _of_workers(folder: str) -> dict[str, Any]:
+    """The runtime environment of the script's Ray."""
+    hook = f"{record_training.__module__}.{record_training.__name__}"
+    return {"env_vars": {FOLDER: folder}, "worker_process_setup_hook": hook}
+
+
+def record_training() -> None:
     """After each step of an algorithm: its learner's class, and how many steps it has trained on."""
     from ray.rllib.algorithms.algorithm import Algorithm
 
-    original = Algorithm.step
+    original, folder = Algorithm.step, Path(os.environ[FOLDER])
 
     def step(self: Any) -> Any:
         results = original(self)

@@ -20,6 +20,7 @@ LEFT_OUT = {
 OPTIONS = {
     "envs/agents_act_in_sequence.py": ["--num-agents=2"],
     "envs/agents_act_simultaneously.py": ["--num-agents=2"],
+    "envs/env_connecting_to_rllib_w_tcp_client.py": ["--use-dummy-client"],
     "multi_agent/custom_heuristic_policy.py": ["--num-agents=2"],
     "multi_agent/multi_agent_cartpole.py": ["--num-agents=2"],
     "multi_agent/multi_agent_pendulum.py": ["--num-agents=2"],
@@ -27,8 +28,12 @@ OPTIONS = {
     "multi_agent/pettingzoo_parameter_sharing.py": ["--num-agents=2"],
     "multi_agent/rock_paper_scissors_heuristic_vs_learned.py": ["--num-agents=2"],
     "multi_agent/rock_paper_scissors_learned_vs_learned.py": ["--num-agents=2"],
+    "multi_agent/self_play_league_based_with_open_spiel.py": ["--num-episodes-human-play=0"],
+    "multi_agent/self_play_with_open_spiel.py": ["--num-episodes-human-play=0"],
     "multi_agent/two_step_game_with_grouped_agents.py": ["--num-agents=2"],
-    "rl_modules/pretraining_single_agent_training_multi_agent.py": ["--num-agents=2"],
+    "offline_rl/cartpole_recording.py": ["--stop-timesteps=500"],
+    "ray_serve/ray_serve_with_rllib.py": ["--no-render"],
+    "rl_modules/pretraining_single_agent_training_multi_agent.py": ["--num-agents=2", "--stop-reward-pretraining=10"],
 }
 
 # Run once more with several agents.
@@ -73,6 +78,11 @@ class Script:
     @property
     def takes_examples_options(self) -> bool:
         return "run_rllib_example_script_experiment(" in self.source
+
+    @property
+    def needs_tune(self) -> bool:
+        """Whether the script reads results that only Ray Tune gives."""
+        return "results.get_best_result(" in self.source and "--num-episodes-human-play=0" not in self.options
 
     @property
     def change(self) -> str:
