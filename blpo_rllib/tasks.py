@@ -194,9 +194,9 @@ def _atari(game: str) -> BLPOConfig:
     return _images(f"blpo_rllib.sampling.atari:Small{game}-v0", [[16, 4, 2], [32, 4, 2], [32, 3, 2]], 256, 1_000_000)
 
 
+# The reference has settings of its own for Acrobot, CartPole, HalfCheetah, Hopper, Humanoid and Walker2d.
 TASKS: dict[str, Task] = {
     "acrobot": Task(lambda: _classic_control("Acrobot-v1"), stop_reward=-100.0, stop_timesteps=400_000),
-    # The reference has no settings of its own for the ant.
     "ant": Task(
         lambda: _mujoco("Ant-v5"),
         stop_reward=3000.0,
@@ -223,14 +223,13 @@ TASKS: dict[str, Task] = {
         stop_reward=5000.0,
         stop_timesteps=20_000_000,
     ),
-    # The reference has no settings of its own for the next three.
     "inverted_double_pendulum": Task(
         lambda: _mujoco("InvertedDoublePendulum-v5"),
         stop_reward=9000.0,
         stop_timesteps=1_000_000,
         tune=small_batches,
     ),
-    # Nor for this one; discounts and entropy bonus are those that PPO usually has on it.
+    # Discounts and entropy bonus are those that PPO usually has on it.
     "lunarlander": Task(
         lambda: _box2d("LunarLander-v3").training(gamma=0.999, lambda_=0.98, entropy_coeff=0.01),
         stop_reward=240.0,

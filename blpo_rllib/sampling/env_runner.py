@@ -291,7 +291,7 @@ class _Rows:
 
 
 class _NestedRows:
-    """The same for a nested structure of arrays."""
+    """A nested structure of such arrays."""
 
     def __init__(self, row: Any, capacity: int):
         self._like = row
@@ -357,7 +357,8 @@ class _Rollout:
         """Steps each environment once.
 
         Args:
-            max_episodes: Environments that stepped after so many episodes are done are not looked at, as in RLlib.
+            max_episodes: Once so many episodes are done, the environments that are left are not looked at, as in RLlib;
+                None for no limit.
         """
         runner = self._runner
         started = time.perf_counter()
@@ -401,6 +402,7 @@ class _Rollout:
         return (self._runner.num_env_steps_sampled_lifetime // num_runners + self.num_steps) * num_runners
 
     def _append(self, columns: dict[str, np.ndarray], infos: list[dict[str, Any]], now: float) -> None:
+        """Keeps a step of all environments, which ended at the time ``now``."""
         if not self._rows:
             capacity = self._runner.config.get_rollout_fragment_length(self._runner.worker_index or 0) + 32
             self._rows = {
@@ -413,6 +415,7 @@ class _Rollout:
         self._times.append(now)
 
     def _follow_episodes(self, terminated: np.ndarray, truncated: np.ndarray, max_episodes: int | None) -> None:
+        """Counts steps, begins episodes where environments were reset, and ends those that are over."""
         was_over, self._over = self._over, (terminated | truncated) & ~self._over
         if not was_over.any():
             self.num_steps += len(was_over)
@@ -434,6 +437,7 @@ class _Rollout:
                 return
 
     def _add_reset(self, env_index: int) -> None:
+        """Begins an environment's episode with the observation of its reset."""
         self._episodes[env_index].add_env_reset(self._obs[env_index].copy(), self._infos[-1][env_index])
         self._observed(self._episodes[env_index])
         self._start[env_index] = len(self._times)
@@ -448,6 +452,7 @@ class _Rollout:
             )
 
     def _finish(self, env_index: int, terminated: bool, truncated: bool) -> None:
+        """Ends an environment's episode, and makes the next one, which begins with the environment's reset."""
         episode = self._episodes[env_index]
         self._fill(env_index)
         episode.is_terminated, episode.is_truncated = terminated, truncated
@@ -474,6 +479,7 @@ class _Rollout:
         note_steps(episode, self._times[start], self._times[-1])
 
     def _observed(self, episode: SingleAgentEpisode) -> None:
+        """Gives an episode the space of its observations, which the filter has changed."""
         if self._filter is not None:
             episode.observation_space = self._filter.observation_space
 
@@ -528,7 +534,10 @@ def _extend(buffer: InfiniteLookbackBuffer, data: Any) -> None:
 
 
 def _continuation(episode: SingleAgentEpisode, horizon: int) -> SingleAgentEpisode:
-    """``episode.cut(horizon)`` as lists; that takes the number of a nested structure's parts for its length."""
+    """An episode's successor, ``episode.cut(horizon)``, as lists.
+
+    Nested states are cut here: ``cut`` takes the number of a nested structure's parts for its length.
+    """
     states = episode.extra_model_outputs.pop(Columns.STATE_OUT, None)
     successor = _to_lists(episode.cut(horizon))
     if states is not None:
