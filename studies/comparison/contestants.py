@@ -1,7 +1,7 @@
 """Who competes in compare.py, on what: the tasks, and for each the configurations of BLPO, its variants and PPO.
 
 Settings. BLPO's are those of ``blpo_rllib/tasks.py``: the published ones where there are any, else the defaults; on
-MuJoCo tasks with several sizes of batch (``small_batches`` and ``mixed_minibatches`` there). Nobody is tuned here but
+MuJoCo tasks with several sizes of batch (``small_batches`` and ``annealed_batches`` there). Nobody is tuned here but
 those of STRONG, whose settings studies/designs chose for BLPO: each contestant has one setting per task
 (:data:`TUNING_BUDGET`), so that everyone gets the same effort. Effort before this comparison differs: the paper's
 authors chose the nested steps N, the bound b and the cross clip ε_F of six tasks from N in {2, 3, 5, 7, 10}, b in {0.8,
@@ -19,9 +19,10 @@ nested_small  nested_ppo with these batches
 ppo_small     ppo with these batches
 blpo_annealed blpo_small with an actor's learning rate that falls to 0 over the run's steps
 ppo_annealed  ppo_small with the same rate, its critic's too
-blpo_strong   the tuned settings: blpo_small with 3 nested steps in minibatches of 64 steps, 4 segments of 16 from
-              anywhere in the batch, and both rates falling to 0 over the run's steps
-nested_strong the same without the hypergradient
+blpo_strong   the tuned settings: blpo_small with 3 nested steps, both rates falling to 0 over the run's steps, and a
+              target for the KL divergence of an iteration
+blpo_strong_64 the same in minibatches of 64 steps, 4 segments of 16 from anywhere in the batch
+nested_strong blpo_strong without the hypergradient
 ppo_strong    PPO as CleanRL, Stable-Baselines3 and Tianshou set it up: minibatches of 64 shuffled steps, standardised
               advantages, a rate of 3e-4 that falls to 0; computed by this project's update, whose settings make it PPO
               (blpo_rllib.tasks.as_ppo), in half the time that RLlib's learner takes
@@ -56,7 +57,7 @@ from blpo_rllib.sampling.env_runner import BatchedEnvRunner
 from blpo_rllib.sampling.envpool import PREFIX
 from blpo_rllib.sampling.evaluation import OneEpisodeEach
 from blpo_rllib.tasks import TASKS as TUNED_TASKS
-from blpo_rllib.tasks import as_ppo, mixed_minibatches, small_batches
+from blpo_rllib.tasks import annealed_batches, as_ppo, small_batches
 
 # A contestant's configuration, from the tuned example of the task.
 Contestant = Callable[[BLPOConfig], AlgorithmConfig]
@@ -194,17 +195,31 @@ ANNEALED: dict[str, Contestant] = {
     f"{name}_annealed": lambda config, make=ALGORITHMS[name]: make(annealed(small_batches(config)))
     for name in ("blpo", "ppo")
 }
-STRONG = ("blpo_strong", "nested_strong", "ppo_strong")
+STRONG = ("blpo_strong", "blpo_strong_64", "nested_strong", "ppo_strong")
 NAMES = [*ALGORITHMS, *SMALL, *ANNEALED, *STRONG, "ppo_tuned"]
+
+
+def mixed_minibatches(config: BLPOConfig) -> BLPOConfig:
+    """The same in minibatches of 64 steps as PPO has them, 4 segments of 16 from anywhere in the batch."""
+    return config.training(minibatch_size=64, segment_length=16)
+
+
+def ppo_strong(config: BLPOConfig) -> BLPOConfig:
+    """PPO on minibatches of 64, with the rates and the exploration noise of a BLPO config."""
+    return as_ppo(config).training(minibatch_size=64)
+
 
 # What was tried in short runs on the way to STRONG, whose BLPO has a target for the KL divergence besides. Exploration
 # starts at a deviation of 1, unless the name says another.
 DESIGNS: dict[str, Contestant] = {
-    f"strong_{name}": lambda config, settings=settings: mixed_minibatches(config).training(target_kl=None, **settings)
+    f"strong_{name}": lambda config, settings=settings: mixed_minibatches(annealed_batches(config)).training(
+        target_kl=None, **settings
+    )
     for name, settings in {
         "correction": {},
         "no_correction": {"hypergradient": "none"},
         "no_correction_clip_0.4": {"hypergradient": "none", "clip_param": 0.4},
+        "bound_0.5": {"hypergradient_bound": 0.5},
         "7_nested_steps": {"num_critic_updates": 7},
         "segments_of_8": {"segment_length": 8},
         "whole_rollouts": {"advantage_horizon": "rollout"},
@@ -213,12 +228,12 @@ DESIGNS: dict[str, Contestant] = {
         "correction_of_the_batch": {"correction_sample": "batch"},
     }.items()
 } | {
-    "strong_correction_deviation_0.37": lambda config: mixed_minibatches(config, initial_log_std=-1.0).training(
-        target_kl=None
-    ),
-    "strong_ppo": lambda config: as_ppo(mixed_minibatches(config)),
-    "strong_ppo_deviation_0.37": lambda config: as_ppo(mixed_minibatches(config, initial_log_std=-1.0)),
-    "strong_ppo_advantages_of_each_epoch": lambda config: as_ppo(mixed_minibatches(config)).training(
+    "strong_correction_deviation_0.37": lambda config: mixed_minibatches(
+        annealed_batches(config, initial_log_std=-1.0)
+    ).training(target_kl=None),
+    "strong_ppo": lambda config: ppo_strong(annealed_batches(config)),
+    "strong_ppo_deviation_0.37": lambda config: ppo_strong(annealed_batches(config, initial_log_std=-1.0)),
+    "strong_ppo_advantages_of_each_epoch": lambda config: ppo_strong(annealed_batches(config)).training(
         advantage_refresh="epoch", standardize_advantages=False, adam_epsilon=1e-5
     ),
 }
@@ -231,11 +246,12 @@ TUNED: dict[str, Contestant] = {"cartpole": ppo_tuned_classic} | dict.fromkeys(
 def strong(task: str) -> dict[str, Contestant]:
     """Those of STRONG: the tuned settings where they are of that kind, else the same sizes of batch."""
     tuned = TUNED_TASKS[task].tune
-    blpo = mixed_minibatches if tuned in (None, small_batches) else tuned
+    blpo = annealed_batches if tuned is None else tuned
     return {
         "blpo_strong": blpo,
+        "blpo_strong_64": lambda config: mixed_minibatches(blpo(config)),
         "nested_strong": lambda config: blpo(config).training(hypergradient="none"),
-        "ppo_strong": lambda config: as_ppo(blpo(config)),
+        "ppo_strong": lambda config: ppo_strong(blpo(config)),
     }
 
 
