@@ -101,6 +101,7 @@ class BLPOConfig(PPOConfig):
         self.actor_lr: LearningRateOrSchedule = ACTOR_LR
         self.critic_lr: LearningRateOrSchedule = ppo_settings.CRITIC_RATE_FACTOR * ACTOR_LR
         self.adam_epsilon = 1e-5
+        self.log_std_lr_factor = 1.0
         self.max_kl: float | None = None
         self.target_kl: float | None = None
         self.num_critic_updates = 3
@@ -180,6 +181,7 @@ class BLPOConfig(PPOConfig):
         actor_lr: LearningRateOrSchedule = NotProvided,
         critic_lr: LearningRateOrSchedule = NotProvided,
         adam_epsilon: float = NotProvided,
+        log_std_lr_factor: float = NotProvided,
         max_kl: float | None = NotProvided,
         target_kl: float | None = NotProvided,
         num_critic_updates: int = NotProvided,
@@ -209,6 +211,8 @@ class BLPOConfig(PPOConfig):
             critic_lr: Adam learning rate of the critic (the follower), > 0, or a schedule. If only ``lr`` was set, it
                 is 4 times that.
             adam_epsilon: Adam's ε of both optimizers, > 0.
+            log_std_lr_factor: Learning rate of the log-std of a Gaussian policy whose deviation is a parameter
+                (``free_log_std`` in the model config), in units of ``actor_lr``, > 0. Other policies have none.
             max_kl: KL divergence from the policy that sampled, > 0, averaged over an epoch, at which that is the
                 iteration's last. None: all epochs, always.
             target_kl: KL divergence > 0, averaged over an iteration, that the actor's learning rate is steered to: the
@@ -534,6 +538,8 @@ class BLPOConfig(PPOConfig):
                 self._value_error(f"{name}={rate!r} must be a number > 0, or a schedule of numbers >= 0")
         if not _is_number(self.adam_epsilon) or self.adam_epsilon <= 0:
             self._value_error(f"adam_epsilon={self.adam_epsilon!r} must be > 0 (the reference uses 1e-5)")
+        if not _is_number(self.log_std_lr_factor) or self.log_std_lr_factor <= 0:
+            self._value_error(f"log_std_lr_factor={self.log_std_lr_factor!r} must be > 0 (1: the actor's rate)")
         for name in ("num_critic_updates", "num_epochs"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 self._value_error(f"{name}={getattr(self, name)!r} must be an integer >= 1")

@@ -131,7 +131,16 @@ SETTINGS = (
 
 # What differs between modules where a module's own configuration says so; the rest holds for all modules.
 PER_MODULE = {
-    *("lr", "actor_lr", "critic_lr", "adam_epsilon", "num_critic_updates", "segment_length", "grad_clip"),
+    *(
+        "lr",
+        "actor_lr",
+        "critic_lr",
+        "adam_epsilon",
+        "log_std_lr_factor",
+        "num_critic_updates",
+        "segment_length",
+        "grad_clip",
+    ),
     *("gamma", "lambda_", "clip_param", "entropy_coeff", "use_kl_loss", "kl_coeff", "kl_target"),
     *("hypergradient", "curvature", "hypergradient_bound", "cross_clip_param", "cross_reduction"),
     *("correction_sample", "advantage_horizon", "advantage_refresh", "standardize_advantages", "max_kl", "target_kl"),

@@ -78,6 +78,7 @@ def as_ppo(config: BLPOConfig) -> BLPOConfig:
         critic_lr=config.actor_lr,
         adam_epsilon=1e-8,
         target_kl=None,
+        log_std_lr_factor=1.0,
     )
 
 

@@ -133,6 +133,7 @@ def test_search_spaces_and_round_trips():
         ({"critic_lr": -1e-3}, "critic_lr=-0.001"),
         ({"actor_lr": [[10, 1e-3], [20, 1e-4]]}, "first timestep must be 0"),
         ({"adam_epsilon": 0.0}, "adam_epsilon=0.0"),
+        ({"log_std_lr_factor": 0}, "log_std_lr_factor=0 must be > 0"),
         ({"num_critic_updates": 0}, "num_critic_updates=0 must be an integer >= 1"),
         ({"num_epochs": 0}, "num_epochs=0"),
         ({"hypergradient": "newton"}, "'newton' must be one of 'nystrom', 'cg', 'exact', 'scaled_identity', 'none'"),

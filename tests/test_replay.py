@@ -277,3 +277,21 @@ def test_the_quicker_number_of_threads_is_found_and_does_not_matter():
         assert set(plan._replay._quickest) == {1, 2}
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_rate_of_its_own_for_the_log_std_is_replayed():
+    players, batch = players_and_batch()
+    start = players.log_std.detach().clone()
+    rates = [1.0] * (len(players.actor_parameters) - 1)
+    moved = []
+    for factor in (1.0, 4.0):
+        mine = copy_of(players)
+        mine.actor_rate_factors = [*rates, factor]
+        updates = twice(mine, Nystrom(3))
+        updates[1][1].actor_rate_factors = mine.actor_rate_factors
+        updates[1][0].take_players(updates[1][1])
+        updates[1][0]._replayed = None
+        # One minibatch: what follows depends on the log-std.
+        check(updates, batch, 1, replace(SETTINGS, num_epochs=1))
+        moved.append(mine.log_std.detach() - start)
+    torch.testing.assert_close(moved[1], 4 * moved[0])

@@ -215,18 +215,19 @@ def test_state_restores_the_next_update_bit_for_bit():
 
 @pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
-def test_parameters_of_any_memory_layout_and_a_moving_rate(kernels, max_norm):
+@pytest.mark.parametrize("factor", [1.0, 5.0])
+def test_parameters_of_any_memory_layout_and_moving_rates(kernels, max_norm, factor):
     """The fused steps against torch's plain Adam."""
     kernels = compiled_kernels() if kernels else None
     torch.manual_seed(1)
     mine = [torch.randn(3, 4, dtype=FLOAT64).T.requires_grad_(), torch.randn(3, dtype=FLOAT64).requires_grad_()]
     theirs = [p.detach().clone().requires_grad_() for p in mine]
     fused = torch.optim.Adam(mine, lr=0.1, eps=1e-5, fused=True)
-    plain = torch.optim.Adam(theirs, lr=0.1, eps=1e-5, foreach=False)
-    steps = AdamSteps(fused, mine, kernels)
+    plain = torch.optim.Adam([{"params": [p]} for p in theirs], lr=0.1, eps=1e-5, foreach=False)
+    steps = AdamSteps(fused, mine, kernels, [1.0, factor])
     for rate in (0.1, 0.1, 0.03):
-        for optimizer in (fused, plain):
-            optimizer.param_groups[0]["lr"] = rate
+        fused.param_groups[0]["lr"] = plain.param_groups[0]["lr"] = rate
+        plain.param_groups[1]["lr"] = factor * rate
         steps.refresh()
         gradient = torch.randn(15, dtype=FLOAT64)
         assert steps.step(gradient, max_norm) == 0

@@ -21,9 +21,16 @@ class AdamSteps:
         optimizer: torch's Adam with a single parameter group and neither weight decay nor AMSGrad.
         parameters: Its parameters, in the order of the gradients to come.
         kernels: Compiled functions to step with, used on the CPU in float32 or float64.
+        rate_factors: Each parameter's learning rate in units of the optimizer's; None for 1 throughout.
     """
 
-    def __init__(self, optimizer: torch.optim.Adam, parameters: Sequence[Tensor], kernels: Kernels | None = None):
+    def __init__(
+        self,
+        optimizer: torch.optim.Adam,
+        parameters: Sequence[Tensor],
+        kernels: Kernels | None = None,
+        rate_factors: Sequence[float] | None = None,
+    ):
         self._optimizer, self._parameters = optimizer, list(parameters)
         first = self._parameters[0]
         self._kernels = kernels if first.device.type == "cpu" and first.dtype in DTYPES else None
@@ -34,6 +41,9 @@ class AdamSteps:
         self._lr = torch.zeros((), dtype=rate_type, device=first.device)
         self._lay_out()
         self.refresh()
+        factors = [1.0] * len(self._parameters) if rate_factors is None else rate_factors
+        parts = self._vector.split([p.numel() for p in self._parameters])
+        self._other_rates = [(part, f) for part, f in zip(parts, factors, strict=True) if f != 1]
 
     def refresh(self, rate_factor: float = 1.0) -> None:
         """Reads parameters, state and hyperparameters anew: due after a checkpoint was restored or a schedule moved.
@@ -87,15 +97,24 @@ class AdamSteps:
             Scalar on the device: 1 if the step was skipped, else 0.
         """
         with torch.no_grad():
+            before = [part.clone() for part, _ in self._other_rates]
             if self._kernels is not None:
-                return self._native_step(self._kernels, gradient.contiguous(), max_norm)
-            norm = torch.linalg.vector_norm(gradient)
-            skip = torch.isfinite(norm).logical_not().to(torch.float32)
-            if max_norm is not None:
-                gradient = gradient * (max_norm / norm).clamp(max=1.0)
-            self._step += 1 - skip
-            self._fused_step(gradient, skip)
+                skip = self._native_step(self._kernels, gradient.contiguous(), max_norm)
+            else:
+                skip = self._plain_step(gradient, max_norm)
+            # Adam's step is proportional to the rate.
+            for (part, factor), old in zip(self._other_rates, before, strict=True):
+                part += (part - old) * (factor - 1)
             return skip
+
+    def _plain_step(self, gradient: Tensor, max_norm: float | None) -> Tensor:
+        norm = torch.linalg.vector_norm(gradient)
+        skip = torch.isfinite(norm).logical_not().to(torch.float32)
+        if max_norm is not None:
+            gradient = gradient * (max_norm / norm).clamp(max=1.0)
+        self._step += 1 - skip
+        self._fused_step(gradient, skip)
+        return skip
 
     def _native_step(self, kernels: Kernels, gradient: Tensor, max_norm: float | None) -> Tensor:
         skip = torch.empty((), dtype=gradient.dtype)

@@ -95,7 +95,7 @@ class BilevelUpdate:
         actor_optimizer, critic_optimizer = self._optimizers
         self._players = players
         self._adams = (
-            AdamSteps(actor_optimizer, players.actor_parameters, self._kernels),
+            AdamSteps(actor_optimizer, players.actor_parameters, self._kernels, players.actor_rate_factors),
             AdamSteps(critic_optimizer, players.critic_parameters, self._kernels),
         )
         self._minibatch_update = MinibatchUpdate(

@@ -155,7 +155,7 @@ class BLPOTorchLearner(PPOTorchLearner):
                 module_id,
                 type(module.actor).__name__,
             )
-        players = RLModulePlayers(module, module_id, kernels=self.kernels)
+        players = RLModulePlayers(module, module_id, kernels=self.kernels, log_std_lr_factor=config.log_std_lr_factor)
         solver = copy.deepcopy(config.get_ihvp_solver())
         if solver is not None:
             solver.check_size(sum(p.numel() for p in players.critic_parameters))
@@ -230,10 +230,16 @@ class BLPOTorchLearner(PPOTorchLearner):
         players = self._players[module_id]
         if players.are_current():
             return
-        new = RLModulePlayers(self._module[module_id].unwrapped(), module_id, kernels=self.kernels)
+        config = self.config.get_config_for_module(module_id)
+        new = RLModulePlayers(
+            self._module[module_id].unwrapped(),
+            module_id,
+            kernels=self.kernels,
+            log_std_lr_factor=config.log_std_lr_factor,
+        )
         update = self._bilevel_updates[module_id]
         if list(map(id, new.critic_parameters)) != list(map(id, players.critic_parameters)):
-            solver = self.config.get_config_for_module(module_id).get_ihvp_solver()
+            solver = config.get_ihvp_solver()
             if solver is not None:
                 solver.check_size(sum(p.numel() for p in new.critic_parameters))
             update.forget_draw()

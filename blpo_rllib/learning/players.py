@@ -45,13 +45,14 @@ class RLModulePlayers(Players):
             its observations are :func:`~blpo_rllib.learning.recurrence.recurrent_observation`.
         module_id: Its name, for error messages.
         kernels: Compiled functions, used for perceptrons on a CPU in float32 or float64.
+        log_std_lr_factor: The learning rate of a state-independent log-std in units of the actor's.
 
     Raises:
         ValueError: If the module lacks a value function.
         SharedParametersError: If the players share parameters.
     """
 
-    def __init__(self, module: Any, module_id: str, kernels: Kernels | None = None):
+    def __init__(self, module: Any, module_id: str, kernels: Kernels | None = None, log_std_lr_factor: float = 1.0):
         check_module_class(type(module), module_id)
         self._module, self._kernels = slotwise(module), kernels
         self._distribution = module.get_train_action_dist_cls()
@@ -75,6 +76,8 @@ class RLModulePlayers(Players):
         # Frozen ones belong to neither.
         self.actor_parameters = [p for p in self.actor_members if p.requires_grad]
         self.critic_parameters = [p for p in self.critic_members if p.requires_grad]
+        log_std = getattr(getattr(module, "pi", None), "log_std", None)
+        self.actor_rate_factors = [log_std_lr_factor if p is log_std else 1.0 for p in self.actor_parameters]
         for player, found in {"critic": self.critic_parameters, "actor": self.actor_parameters}.items():
             if not found:
                 raise ValueError(

@@ -72,6 +72,7 @@ HUES = (
     "tab:cyan",
     "tab:pink",
     "black",
+    "gold",
     "tab:olive",
     "tab:brown",
     "0.5",
