@@ -234,6 +234,9 @@ DESIGNS: dict[str, Contestant] = {
     "strong_512_segments_of_32": lambda config: annealed_batches(config).training(segment_length=32),
     "strong_512_log_std_rate_5": lambda config: annealed_batches(config).training(log_std_lr_factor=5.0),
     "strong_512_log_std_rate_10": lambda config: annealed_batches(config).training(log_std_lr_factor=10.0),
+    "strong_512_double_rates_deviation_0.37": lambda config: annealed_batches(
+        config.training(actor_lr=6e-4, critic_lr=2.4e-3), initial_log_std=-1.0
+    ),
     "strong_ppo": lambda config: ppo_strong(annealed_batches(config)),
     "strong_ppo_deviation_0.37": lambda config: ppo_strong(annealed_batches(config, initial_log_std=-1.0)),
     "strong_ppo_advantages_of_each_epoch": lambda config: ppo_strong(annealed_batches(config)).training(
