@@ -12,10 +12,13 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from test_hypergradient import LEADER, NONE, actor_of, check, surrogate_sum, vectors
 from torch import nn
 
+from blpo_rllib.core import mlp
+from blpo_rllib.core.convolutions import ConvolutionalCriticPass
 from blpo_rllib.core.curvature import GaussNewton, Hessian
 from blpo_rllib.core.hypergradient import Correction, hypergradient
 from blpo_rllib.core.ihvp import Exact
-from blpo_rllib.core.networks import unflatten
+from blpo_rllib.core.networks import AutogradCriticPass, unflatten
+from blpo_rllib.learning.players import RLModulePlayers
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
 
 STEP = 1e-5
@@ -114,15 +117,75 @@ def test_rows_of_all_layers(problem, batched):
     check(loss.critic.vjp(loss.weights), jacobian.T @ loss.weights)
 
 
+def images_module(space, **model):
+    torch.manual_seed(0)
+    model = REFERENCE_MODEL_CONFIG | {"conv_filters": [[4, 3, 2]], "head_fcnet_hiddens": [8]} | model
+    return RLModuleSpec(BLPOTorchRLModule, space, gym.spaces.Discrete(3), model_config=model).build()
+
+
+class AutomaticPlayers(RLModulePlayers):
+    """Players whose networks are not recognised, so that all derivatives are automatic."""
+
+    def _find_networks(self):
+        pass
+
+
+# Paddings of both sides and of one, windows that overlap and that leave gaps, heads of one to three layers.
+NETWORKS = {
+    "relu": {"conv_filters": [[4, 4, 2], [3, 3, 1]], "head_fcnet_activation": "relu"},
+    "tanh": {"conv_filters": [[3, 3, 1], [4, 4, 2]], "conv_activation": "tanh", "head_fcnet_activation": "tanh"},
+    "no padding": {"conv_filters": [[4, 3, 1, "valid"], [3, [2, 3], [1, 2], "valid"]], "head_fcnet_activation": "relu"},
+    "gaps": {"conv_filters": [[3, 2, 3], [4, 2, 1]], "head_fcnet_hiddens": [], "head_fcnet_activation": "relu"},
+    "two layers": {"conv_filters": [[4, 4, 3]], "head_fcnet_hiddens": [6, 5], "head_fcnet_activation": "relu"},
+}
+
+
+@pytest.mark.parametrize("block_bytes", [mlp.BLOCK_BYTES, 30_000], ids=["at once", "in parts"])
+@pytest.mark.parametrize("model", NETWORKS.values(), ids=NETWORKS)
+def test_convolutions_by_hand(model, block_bytes, monkeypatch):
+    """Against automatic differentiation, in all coordinates."""
+    monkeypatch.setattr(mlp, "BLOCK_BYTES", block_bytes)
+    module = images_module(gym.spaces.Box(-1, 1, (7, 9, 2), np.float32), **{"conv_activation": "relu"} | model).double()
+    players, automatic_players = RLModulePlayers(module, "m"), AutomaticPlayers(module, "m")
+    assert [*map(id, players.critic_parameters)] == [*map(id, automatic_players.critic_parameters)]
+    obs, n = torch.randn(11, 7, 9, 2, dtype=FLOAT64), 11
+    manual, automatic = players.critic(obs), automatic_players.critic(obs)
+    assert isinstance(manual, ConvolutionalCriticPass)
+    assert isinstance(automatic, AutogradCriticPass)
+    p = automatic.num_parameters
+    assert manual.num_parameters == p
+    u, a, x = torch.randn(n, dtype=FLOAT64), torch.rand(n, dtype=FLOAT64), torch.randn(p, dtype=FLOAT64)
+    check(manual.values, automatic.values)
+    check(manual.gradient(u), automatic.gradient(u))
+    check(manual.vjp(u), automatic.vjp(u))
+    check(manual.vjp(torch.stack([u, a])), automatic.vjp(torch.stack([u, a])))
+    check(manual.jvp(x), automatic.jvp(x))
+    check(manual.second_order_product(x, u, a), automatic.second_order_product(x, u, a))
+    everything = np.random.default_rng(0).permutation(p)
+    mine, theirs = players.coordinates(everything), automatic_players.coordinates(everything)
+    check(manual.jacobian_columns(mine), automatic.jacobian_columns(theirs))
+    check(manual.second_order_rows(mine, u, a), automatic.second_order_rows(theirs, u, a))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"conv_activation": "silu"},
+        {"head_fcnet_activation": "silu"},
+    ],
+    ids=str,
+)
+def test_other_networks_are_differentiated_automatically(model):
+    module = images_module(gym.spaces.Box(-1, 1, (8, 8, 2), np.float32), **model)
+    assert isinstance(RLModulePlayers(module, "m").critic(torch.randn(3, 8, 8, 2)), AutogradCriticPass)
+
+
 @pytest.mark.parametrize(("dtype", "high", "scale"), [(np.uint8, 255, 255.0), (np.bool_, 1, 1.0)])
 def test_images_of_bytes_and_bits(dtype, high, scale):
     """As their numbers in [0, 1], in training and in acting."""
     modules = []
     for space in (gym.spaces.Box(0, high, (8, 8, 2), dtype), gym.spaces.Box(0, 1, (8, 8, 2), np.float32)):
-        torch.manual_seed(0)
-        model = REFERENCE_MODEL_CONFIG | {"conv_filters": [[4, 3, 2]], "head_fcnet_hiddens": [8]}
-        spec = RLModuleSpec(BLPOTorchRLModule, space, gym.spaces.Discrete(3), model_config=model)
-        modules.append(spec.build())
+        modules.append(images_module(space))
     image = torch.as_tensor(np.random.default_rng(0).integers(0, high + 1, (5, 8, 8, 2)).astype(dtype))
     for name in ("compute_values", "forward_train", "forward_inference"):
         found, expected = (
@@ -132,3 +195,8 @@ def test_images_of_bytes_and_bits(dtype, high, scale):
         if name != "compute_values":
             found, expected = found[Columns.ACTION_DIST_INPUTS], expected[Columns.ACTION_DIST_INPUTS]
         torch.testing.assert_close(found, expected)
+    values = [
+        RLModulePlayers(module, "m").critic(obs).values
+        for module, obs in zip(modules, (image, image.float() / scale), strict=True)
+    ]
+    torch.testing.assert_close(*values)

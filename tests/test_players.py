@@ -40,7 +40,7 @@ def module(action_space, **model_config):
 class AutomaticPlayers(RLModulePlayers):
     """Players whose perceptrons are not recognised, so that all derivatives are automatic."""
 
-    def _find_perceptrons(self):
+    def _find_networks(self):
         pass
 
 

@@ -224,15 +224,24 @@ class MLPCriticPass(CriticPass):
     def gradient(self, cotangent: Tensor) -> Tensor:
         return self._pass.backward(cotangent[None])
 
+    def gradients(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of :meth:`gradient` in the inputs, [n, d_0], and in the parameters, [p]."""
+        cotangents = self._pass.cotangents(cotangent[None])
+        return cotangents[1].T @ self.first_weight, self._pass.gradient(cotangents)
+
     def vjp(self, cotangent: Tensor) -> Tensor:
         if cotangent.dim() == 1:
             return self._pass.gradient({layer: cotangent * g for layer, g in self._g.items()})
-        rows = self.values.new_zeros(len(cotangent), self.num_parameters)
-        for some, slots in self._parts(*cotangent.shape):
-            part = self._at(slots)
+        products = self.values.new_zeros(len(cotangent), self.num_parameters)
+        self.add_products(products, cotangent)
+        return products
+
+    def add_products(self, products: Tensor, cotangent: Tensor) -> None:
+        """Adds Jᵀ u to a row of ``products`` [k, p] for each u of ``cotangent`` [k, n]."""
+        for some, slots in self.parts(*cotangent.shape):
+            part = self.at(slots)
             for layer, g in part._g.items():
-                part._add_gradients(rows[some], layer, cotangent[some, None, slots] * g)
-        return rows
+                part._add_gradients(products[some], layer, cotangent[some, None, slots] * g)
 
     def jvp(self, tangent: Tensor) -> Tensor:
         total = torch.zeros_like(self.values)
@@ -249,19 +258,23 @@ class MLPCriticPass(CriticPass):
 
     def second_order_rows(self, coordinates: Coordinates, first: Tensor, second: Tensor) -> Tensor:
         rows = self.values.new_zeros(len(coordinates), self.num_parameters)
-        for some, slots in self._parts(len(coordinates), len(self.values)):
-            self._at(slots)._add_second_order_rows(rows[some], coordinates[some], first[slots], second[slots])
+        for some, slots in self.parts(len(coordinates), len(self.values)):
+            self.at(slots).add_second_order_rows(rows[some], coordinates[some], first[slots], second[slots])
         return rows
 
-    def _parts(self, count: int, num_slots: int) -> Iterator[tuple[slice, slice]]:
+    def parts(self, count: int, num_slots: int) -> Iterator[tuple[slice, slice]]:
         """Cuts ``count`` rows, and the slots if need be, so that a part's arrays stay within :data:`BLOCK_BYTES`."""
-        most = max(1, BLOCK_BYTES // (_ARRAYS * sum(self._mlp.sizes) * self.values.element_size()))
-        rows, slots = max(1, min(count, most // num_slots)), min(num_slots, most)
+        rows, slots = max(1, min(count, self.most_slots // num_slots)), min(num_slots, self.most_slots)
         for row in range(0, count, rows):
             for slot in range(0, num_slots, slots):
                 yield slice(row, row + rows), slice(slot, slot + slots)
 
-    def _at(self, slots: slice) -> MLPCriticPass:
+    @property
+    def most_slots(self) -> int:
+        """How many slots a part may have, of one row each."""
+        return max(1, BLOCK_BYTES // (_ARRAYS * sum(self._mlp.sizes) * self.values.element_size()))
+
+    def at(self, slots: slice) -> MLPCriticPass:
         """This pass on some of the slots."""
         hidden = [self._pass.hidden(layer)[:, slots] for layer in range(self._pass.depth)]
         forward = MLPPass(self._mlp, hidden, self._pass.output[:, slots])
@@ -275,8 +288,8 @@ class MLPCriticPass(CriticPass):
     def _add_gradients(self, rows: Tensor, layer: int, cotangent: Tensor) -> None:
         """Adds the gradients in W_l and b_l for the cotangents g_l [k, d_l, n] to ``rows`` [k, p]."""
         weight, bias = self._of_layer(rows, layer)
-        product = cotangent.flatten(0, 1) @ self._pass.hidden(layer - 1).T
-        weight.add_(product.view_as(weight))
+        hidden = self._pass.hidden(layer - 1)
+        weight.baddbmm_(cotangent, hidden.T.expand(len(cotangent), -1, -1))
         bias.add_(cotangent.sum(-1))
 
     def _of_layer(self, rows: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -286,10 +299,29 @@ class MLPCriticPass(CriticPass):
         end = begin + outputs * inputs
         return rows[:, begin:end].view(-1, outputs, inputs), rows[:, end : end + outputs]
 
-    def _add_second_order_rows(self, rows: Tensor, coordinates: Coordinates, first: Tensor, second: Tensor) -> None:
+    @property
+    def first_weight(self) -> Tensor:
+        """W_1 [d_1, d_0]."""
+        return self._pass.weight(1)
+
+    def input_cotangents(self) -> Tensor:
+        """∂V/∂x [n, d_0]."""
+        return self._g[1].T @ self.first_weight
+
+    def input_changes(self, coordinates: Coordinates, first: Tensor) -> Tensor:
+        """How weights on inputs change the cotangents of those, [k, n]; 0 for other parameters."""
+        at = self._places(coordinates)[1]
+        return first * self._g[1][at.units] * at.is_weight
+
+    def add_second_order_rows(
+        self, rows: Tensor, coordinates: Coordinates, first: Tensor, second: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Adds to ``rows`` [k, p] what :meth:`second_order_product` gives for k directions of one parameter each.
 
         A weight of layer l moves z_l of a single unit, and passes that unit's cotangent on to a single input.
+
+        Returns:
+            How the parameters change the cotangents of V, [k, n], and beside that those of z_1, [k, d_1, n] or None.
         """
         critic, places = self._pass, self._places(coordinates)
         drives = {layer: at.drive(critic.hidden(layer - 1)) for layer, at in places.items()}
@@ -300,7 +332,7 @@ class MLPCriticPass(CriticPass):
             cotangent = change[:, None] * self._g[layer]
             self._add_gradients(rows, layer, cotangent if g_change is None else cotangent.add_(g_change))
             if layer == 1:
-                return
+                break
             weight, below = self._of_layer(rows, layer)[0], layer - 1
             cotangent_slope = critic.cotangent_slope(below, first * self._g[below])
             g_change = self._passed_on(layer, g, places[layer], g_change).mul_(critic.slope(below))
@@ -314,6 +346,7 @@ class MLPCriticPass(CriticPass):
                 _add_to_unit(weight.mT, unit, (drives[1] * critic.slope(1)[unit]) @ g.T)
                 if cotangent_slope is not None:
                     _add_to_unit(g_change, unit, cotangent_slope[unit] * drives[1])
+        return change, g_change
 
     def _tangents_of_places(self, places: dict[int, LayerPlaces], drives: dict[int, Tensor]) -> dict[int, Tensor]:
         """Tangents of z_2 ... z_L, [k, d, n]; that of z_1 is the drive of a single unit."""

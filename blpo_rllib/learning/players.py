@@ -12,13 +12,14 @@ import tree
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorical, TorchDiagGaussian
-from ray.rllib.core.models.torch.encoder import TorchMLPEncoder
+from ray.rllib.core.models.torch.encoder import TorchCNNEncoder, TorchMLPEncoder
 from ray.rllib.core.models.torch.heads import TorchFreeLogStdMLPHead, TorchMLPHead
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.utils.numpy import convert_to_numpy
 from ray.rllib.utils.spaces.space_utils import get_dummy_batch_for_space
 from torch import Tensor
 
+from blpo_rllib.core.convolutions import ConvolutionalCritic
 from blpo_rllib.core.mlp import MLP, MLPActorPass
 from blpo_rllib.core.mlp_native import critic_pass, forward_pass
 from blpo_rllib.core.native import Kernels
@@ -26,7 +27,7 @@ from blpo_rllib.core.networks import ActorPass, AutogradActorPass, AutogradCriti
 from blpo_rllib.core.players import Players
 from blpo_rllib.core.policy_heads import AutogradTerms, CategoricalTerms, GaussianTerms, PolicyHead
 from blpo_rllib.learning.recurrence import SlotwiseModule, recurrent_observation, slotwise
-from blpo_rllib.learning.rl_module import BLPOTorchRLModule
+from blpo_rllib.learning.rl_module import BLPOTorchRLModule, unit_interval
 from blpo_rllib.rllib_private import training_pass
 
 
@@ -70,9 +71,10 @@ class RLModulePlayers(Players):
         self.actor_members = [p for name, p in actor.items() if name not in critic]
         self.critic_members = [p for name, p in critic.items() if name not in actor]
         self._critic_mlp: MLP | None = None
+        self._critic_cnn: ConvolutionalCritic | None = None
         self._actor_mlp: MLP | None = None
         self._log_std: Tensor | None = None
-        self._find_perceptrons()
+        self._find_networks()
         # Frozen ones belong to neither.
         self.actor_parameters = [p for p in self.actor_members if p.requires_grad]
         self.critic_parameters = [p for p in self.critic_members if p.requires_grad]
@@ -111,14 +113,18 @@ class RLModulePlayers(Players):
     def replayable(self) -> bool:  # type: ignore[override]
         return self._critic_mlp is not None and self._actor_mlp is not None
 
-    def _find_perceptrons(self) -> None:
-        """Recognises the perceptrons of RLlib's default PPO module, whose derivatives are then taken by hand."""
+    def _find_networks(self) -> None:
+        """Recognises the networks of RLlib's default PPO module whose derivatives are then taken by hand."""
         cls, encoder = type(self._module), getattr(self._module, "encoder", None)
         default_values = getattr(cls, "compute_values", None) is DefaultPPOTorchRLModule.compute_values
         mlp = perceptron(getattr(encoder, "critic_encoder", None), self._module.vf) if default_values else None
         if mlp is not None and _same(mlp.parameters, self.critic_members):
             self.critic_members = mlp.parameters
             self._critic_mlp = mlp if _all_trainable(self.critic_members) else None
+        cnn = convolutional(getattr(encoder, "critic_encoder", None), self._module.vf) if default_values else None
+        if cnn is not None and _same(cnn.parameters, self.critic_members):
+            self.critic_members = cnn.parameters
+            self._critic_cnn = cnn if _all_trainable(self.critic_members) else None
         default_policy = training_pass(cls) in map(training_pass, (BLPOTorchRLModule, DefaultPPOTorchRLModule))
         mlp = perceptron(getattr(encoder, "actor_encoder", None), self._module.pi) if default_policy else None
         if mlp is not None:
@@ -131,11 +137,18 @@ class RLModulePlayers(Players):
                     self._actor_mlp, self._log_std = mlp, log_std
 
     def coordinates(self, indices: np.ndarray) -> Coordinates:
-        return super().coordinates(indices) if self._critic_mlp is None else self._critic_mlp.coordinates(indices)
+        network = self._critic_mlp or self._critic_cnn
+        return super().coordinates(indices) if network is None else network.coordinates(indices)
 
     def critic(self, obs: Any) -> CriticPass:
         if self._critic_mlp is not None:
             return critic_pass(self._critic_mlp, obs, self._kernels)
+        if self._critic_cnn is None:
+            return self._automatic_critic(obs)
+        images = unit_interval(obs, self.critic_parameters[0].dtype)
+        return self._critic_cnn.forward(images, lambda: self._automatic_critic(obs))
+
+    def _automatic_critic(self, obs: Any) -> CriticPass:
         values = self._module.compute_values(batch_of(obs))
         return AutogradCriticPass(values, self.critic_parameters, batched=isinstance(self._module, SlotwiseModule))
 
@@ -252,6 +265,13 @@ def perceptron(encoder: Any, head: Any) -> MLP | None:
     if type(encoder) is not TorchMLPEncoder or type(head) not in (TorchMLPHead, TorchFreeLogStdMLPHead):
         return None
     return MLP.of([encoder.net, head.net])
+
+
+def convolutional(encoder: Any, head: Any) -> ConvolutionalCritic | None:
+    """RLlib's CNN encoder under a head, or None if they are something else."""
+    if type(encoder) is not TorchCNNEncoder or type(head) is not TorchMLPHead:
+        return None
+    return ConvolutionalCritic.of([encoder.net], MLP.of([head.net]))
 
 
 def _all_trainable(parameters: list[Tensor]) -> bool:

@@ -85,11 +85,15 @@ def _orthogonal_last_layer(head: nn.Module, gain: float | None) -> None:
     nn.init.zeros_(layer.bias)
 
 
-def _unit_interval(encoder: nn.Module, arguments: tuple[dict[str, Any]]) -> tuple[dict[str, Any]]:
-    """Bytes as numbers in [0, 1], bits as 0 and 1."""
+def unit_interval(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes as numbers in [0, 1], bits as 0 and 1, numbers as they are."""
+    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+
+
+def _take_images(encoder: nn.Module, arguments: tuple[dict[str, Any]]) -> tuple[dict[str, Any]]:
+    """The encoder's arguments with images as :func:`unit_interval` makes them."""
     (batch,) = arguments
-    obs, dtype = batch[Columns.OBS], next(encoder.parameters()).dtype
-    return ({**batch, Columns.OBS: obs.to(dtype) / 255 if obs.dtype == torch.uint8 else obs.to(dtype)},)
+    return ({**batch, Columns.OBS: unit_interval(batch[Columns.OBS], next(encoder.parameters()).dtype)},)
 
 
 class BLPOTorchRLModule(DefaultPPOTorchRLModule):
@@ -112,7 +116,7 @@ class BLPOTorchRLModule(DefaultPPOTorchRLModule):
         for name in ("actor_encoder", "critic_encoder"):
             encoder = getattr(self.encoder, name, None)
             if encoder is not None and self.observation_space.dtype in (np.uint8, np.bool_):
-                encoder.register_forward_pre_hook(_unit_interval)
+                encoder.register_forward_pre_hook(_take_images)
 
     @override(RLModule)
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
