@@ -173,7 +173,7 @@ def _minatar(game: str) -> BLPOConfig:
         ImportError: If MinAtar is not installed.
     """
     require("minatar", "minatar", game)
-    return _images(f"blpo_rllib.sampling.minatar:MinAtar/{game}-v1", [[16, 3, 1]], hidden=128, steps=1_000_000)
+    return _images(f"blpo_rllib.sampling.minatar:MinAtar/{game}-v1", [[16, 3, 1, "valid"]], hidden=128, steps=1_000_000)
 
 
 def _atari(game: str) -> BLPOConfig:

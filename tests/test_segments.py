@@ -55,6 +55,14 @@ def test_layout_puts_the_right_observation_behind_every_step(seed):
                 assert is_step[position + 1]
 
 
+@pytest.mark.parametrize(
+    ("steps", "most", "width"), [(1, 32, 2), (13, 32, 14), (33, 32, 36), (250, 32, 256), (33, 1, 34)]
+)
+def test_segments_are_not_much_wider_than_their_slots(steps, most, width):
+    is_step, terminated = flat_batch([steps], [False])
+    assert layout_segments(is_step, terminated, 1, most).step.shape == (1, width)
+
+
 def test_layout_by_hand():
     is_step, terminated = flat_batch([2, 3], [True, False])
     layout = layout_segments(is_step, terminated, 1)

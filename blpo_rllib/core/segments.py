@@ -138,7 +138,8 @@ def layout_segments(
         is_step: bool [n], False on the extra item (the observation after the last step) that ends each episode.
         terminated: bool [n], True on steps after which the environment terminated.
         num_segments: Number of rows to fill.
-        width_multiple: S is rounded up to a multiple of this, so that batches of about the same size have one shape.
+        width_multiple: S is rounded up, so that batches of about the same size have one shape: to a multiple of the
+            largest power of two that is at most this, and at most an eighth of S.
         num_rows: Number of rows in all, if more: the others stay blank, without a step.
 
     Returns:
@@ -155,7 +156,9 @@ def layout_segments(
             age = np.arange(piece.length + bootstrap)
             parts.append((first + age, age < piece.length, age < piece.length - 1, age))
         rows.append([np.concatenate(columns) for columns in zip(*parts, strict=True)])
-    width = -(-max((len(index) for index, *_ in rows), default=1) // width_multiple) * width_multiple
+    width = max((len(index) for index, *_ in rows), default=1)
+    multiple = 1 << (max(1, min(width_multiple, width // 8)).bit_length() - 1)
+    width = -(-width // multiple) * multiple
     shape = max(num_segments, num_rows), width
     layout = SegmentLayout(
         index=np.zeros(shape, np.int64),

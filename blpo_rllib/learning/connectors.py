@@ -85,7 +85,7 @@ class PackSegments(ConnectorV2):
         plan: Maps the number of steps by module ID and the minibatch size to a plan for each module that has steps on
             any learner.
         blank: Maps a module's ID to the columns of a single item that is no step, for a learner without a step of it.
-        width_multiple: S is rounded up to a multiple of this.
+        width_multiple: See :func:`~blpo_rllib.core.segments.layout_segments`.
     """
 
     def __init__(
