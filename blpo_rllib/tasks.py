@@ -139,7 +139,7 @@ def _normalised(env: str, num_critic_updates: int = 3, bound: float = 1.0, cross
     )
 
 
-def _images(env: str, convolutions: list[list[int]], hidden: int, steps: int) -> BLPOConfig:
+def _images(env: str, convolutions: list[list[int | str]], hidden: int, steps: int) -> BLPOConfig:
     """Images, of bytes or bits: convolutions under one hidden layer, PPO's usual batches, rates that fall to 0."""
     return (
         BLPOConfig()

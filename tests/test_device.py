@@ -132,7 +132,7 @@ CASES = {
     "convolutions, redrawn": (
         {"observation_space": IMAGE, "action_space": ACTIONS, "model": CONVOLUTIONS, "nystrom_redraw": True},
         # More than that where a draw falls on convolutions.
-        640,
+        700,
     ),
 }
 

@@ -131,7 +131,9 @@ class ConvolutionalCritic:
                 continue
             if type(leaf) is not nn.Conv2d or not _is_plain(leaf) or not leaves or type(leaves[0]) not in ACTIVATIONS:
                 return None
-            layers.append(Convolution(leaf.weight, leaf.bias, leaf.stride, padding, ACTIVATIONS[type(leaves.pop(0))]))
+            activation, (down, right) = ACTIVATIONS[type(leaves.pop(0))], leaf.stride
+            assert leaf.bias is not None
+            layers.append(Convolution(leaf.weight, leaf.bias, (down, right), padding, activation))
             padding = (0, 0, 0, 0)
         return cls(layers, head) if layers and head is not None else None
 
@@ -226,9 +228,8 @@ class ConvolutionalCriticPass(CriticPass):
         for slots, part in self._parts():
             for number, index in self._below(coordinates):
                 owner = int(np.searchsorted(np.cumsum(self._sizes), index, side="right"))
-                gradient = _channels_first(part._slot_gradients[owner])
-                place = np.unravel_index(index - sum(self._sizes[:owner]), gradient.shape[1:])
-                columns[number, slots] = gradient[(slice(None), *place)]
+                gradient = _channels_first(part._slot_gradients[owner]).flatten(1)
+                columns[number, slots] = gradient[:, index - sum(self._sizes[:owner])]
         return columns
 
     def second_order_rows(self, coordinates: Coordinates, first: Tensor, second: Tensor) -> Tensor:
@@ -236,10 +237,10 @@ class ConvolutionalCriticPass(CriticPass):
         for slots, part in self._parts():
             for some, _ in part._head.parts(len(coordinates), len(part.values)):
                 part._add_second_order_rows(rows[some], coordinates[some], first[slots], second[slots])
-        below = self._below(coordinates)
-        automatic = self._make_automatic() if below else self
-        for number, _ in below:
-            rows[number] = automatic.second_order_rows(coordinates[number : number + 1], first, second)[0]
+        below = [number for number, _ in self._below(coordinates)]
+        found = self._make_automatic().second_order_rows(coordinates.picked(below), first, second) if below else ()
+        for number, row in zip(below, found, strict=True):
+            rows[number] = row
         return rows
 
     def second_order_product(self, tangent: Tensor, first: Tensor, second: Tensor) -> Tensor:

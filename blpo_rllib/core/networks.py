@@ -61,6 +61,12 @@ class Coordinates:
             None if self.on_host is None else self.on_host[some],
         )
 
+    def picked(self, numbers: Sequence[int]) -> Coordinates:
+        """Those of these numbers on the host, one or more, without a copy to the device."""
+        assert self.on_host is not None
+        index = torch.cat([self.index[number : number + 1] for number in numbers])
+        return Coordinates(index, on_host=self.on_host[list(numbers)])
+
 
 class CriticPass(ABC):
     r"""The critic at one w on one minibatch: values V [n] and products with its first and second derivatives.
