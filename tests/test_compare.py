@@ -319,8 +319,18 @@ def test_what_cannot_be_reported_says_why(tmp_path):
 
 
 def test_all_tuned_tasks_are_compared():
-    assert set(contestants.TASKS) == {task for task in TASKS if not task.startswith(("atari_", "minatar_"))}
+    assert set(contestants.TASKS) == {task for task in TASKS if not task.startswith("atari_")}
     assert all(isinstance(contestants.example(task, "gymnasium"), BLPOConfig) for task in contestants.TASKS)
+
+
+@pytest.mark.parametrize("task", contestants.IMAGES)
+def test_games_have_the_tuned_settings_and_ppos(task):
+    blpo, nested, ppo = (config(task, name) for name in contestants.contestants_of(task))
+    assert set(contestants.contestants_of(task)) <= set(contestants.NAMES)
+    assert blpo.env == nested.env == ppo.env == TASKS[task].config().env
+    assert (blpo.hypergradient, nested.hypergradient, ppo.hypergradient) == ("nystrom", "none", "none")
+    assert blpo.actor_lr[-1] == [contestants.TASKS[task], 0.0]
+    assert (ppo.get_segment_length(), ppo.num_critic_updates) == (1, 1)
 
 
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.tune])

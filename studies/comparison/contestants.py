@@ -77,8 +77,12 @@ TASKS = {
     "ant": MUJOCO_STEPS,
     "lunarlander": MUJOCO_STEPS,
     "humanoid": MUJOCO_STEPS,
+    "minatar_breakout": 2_000_000,
+    "minatar_space_invaders": 2_000_000,
 }
 CLASSIC = ("cartpole", "acrobot")
+# Their observations are images. They have the contestants of ON_IMAGES alone, with the tuned settings.
+IMAGES = ("minatar_breakout", "minatar_space_invaders")
 SIMULATORS = ("envpool", "gymnasium")
 
 # How many settings each algorithm tries on each task in this comparison.
@@ -94,7 +98,7 @@ EVALUATIONS = 12
 def example(task: str, simulator: str) -> BLPOConfig:
     """The published settings of a task, or the defaults, on one simulator thread."""
     config = TUNED_TASKS[task].reference()
-    if task not in CLASSIC and simulator == "envpool":
+    if task not in CLASSIC + IMAGES and simulator == "envpool":
         config.environment(f"{PREFIX}{config.env}", env_config={"num_threads": 1})
     return config
 
@@ -261,8 +265,18 @@ def strong(task: str) -> dict[str, Contestant]:
     }
 
 
+# Theirs are PPO's minibatches too, of as many steps.
+ON_IMAGES: dict[str, Contestant] = {
+    "blpo_strong": ALGORITHMS["blpo"],
+    "nested_strong": ALGORITHMS["nested_ppo"],
+    "ppo_strong": as_ppo,
+}
+
+
 def contestants_of(task: str) -> dict[str, Contestant]:
     """Those that there are settings for, by name."""
+    if task in IMAGES:
+        return ON_IMAGES
     return (ALGORITHMS if task in CLASSIC else ALGORITHMS | SMALL | ANNEALED | strong(task) | DESIGNS) | (
         {"ppo_tuned": TUNED[task]} if task in TUNED else {}
     )
