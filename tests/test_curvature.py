@@ -5,6 +5,7 @@ import pytest
 import torch
 from problems import FLOAT64, SmallPlayers, critic_loss, flat_obs, random_batch
 
+from blpo_rllib.core import mlp
 from blpo_rllib.core.curvature import CURVATURES, GaussNewton, Hessian
 from blpo_rllib.core.networks import flatten, unflatten
 from blpo_rllib.core.reduction import Reduction
@@ -52,6 +53,20 @@ def test_gauss_newton_is_the_semidefinite_part(problem):
     check(curvature.matvec(x), dense @ x)
     check(curvature.rows(players.coordinates(coordinates)), dense[coordinates])
     assert torch.linalg.eigvalsh(dense).min() > -1e-12
+
+
+@pytest.mark.parametrize("block_bytes", [2**28, 700, 200], ids=["whole layers", "parts of layers", "parts of slots"])
+@pytest.mark.parametrize("curvature", [Hessian, GaussNewton])
+def test_blocks_of_columns_are_the_rows(problem, curvature, block_bytes, monkeypatch):
+    monkeypatch.setattr(mlp, "BLOCK_BYTES", block_bytes)
+    players, _, loss, _, _ = problem
+    curvature = curvature(loss, Reduction())
+    coordinates = players.coordinates(np.random.default_rng(0).permutation(curvature.size)[:20])
+    rows = torch.full((20, curvature.size), torch.nan, dtype=FLOAT64)
+    for block, some in curvature.row_blocks(coordinates):
+        assert some.numel() < rows.numel() / 2
+        rows[:, block] = some
+    check(rows, curvature.rows(coordinates))
 
 
 def test_gauss_newton_is_the_hessian_where_the_critic_fits(problem):

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from blpo_rllib import BLPOConfig
 from blpo_rllib.core import mlp
+from blpo_rllib.core.ihvp import nystrom
 from blpo_rllib.learning.connectors import SEGMENT_CONTINUES, SEGMENT_STEP
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG
 from blpo_rllib.learning.train_batch import ModuleSegments
@@ -163,6 +164,18 @@ def test_memory_is_that_of_rows_and_batch(curvature, rank, width, chunk, monkeyp
     assert found.peak <= bound(found, rank, width, chunk)
     monkeypatch.setattr(mlp, "BLOCK_BYTES", 2**40)
     assert account(**settings).peak > bound(found, rank, width, chunk), "rows made at once must be found"
+
+
+def test_a_critic_of_a_hundred_million_parameters_streams_its_rows(monkeypatch):
+    """Twenty rows of it would take 8 GB; beside gradient, v and x there are only parts of them."""
+    settings = {"nystrom_rank": 20, "model": {"fcnet_hiddens": [10_000, 10_000]}, "width": 16}
+    found = account(**settings)
+    assert found.num_parameters > 1e8
+    most = 6 * found.num_parameters + 3 * mlp.BLOCK_BYTES / FLOAT
+    assert found.peak <= most
+    assert not found.waits
+    monkeypatch.setattr(nystrom, "KEPT_NUMBERS", 2**60)
+    assert account(**settings).peak > most, "rows kept must be found"
 
 
 def with_fault(fault):

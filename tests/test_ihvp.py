@@ -6,7 +6,7 @@ import torch
 from problems import FLOAT64, SmallPlayers, critic_loss, random_batch
 
 from blpo_rllib.core.curvature import Curvature, GaussNewton, Hessian
-from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom, ScaledIdentity
+from blpo_rllib.core.ihvp import ConjugateGradient, Exact, Nystrom, ScaledIdentity, nystrom
 from blpo_rllib.core.networks import Coordinates
 from blpo_rllib.core.reduction import Reduction
 
@@ -146,3 +146,16 @@ def test_conjugate_gradient_stops_at_the_solution():
 def test_settings_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_streamed_rows_give_the_same_product(v, by_hand, monkeypatch):
+    hessian = Hessian(critic_loss(players := SmallPlayers(by_hand=by_hand), random_batch()), Reduction())
+    solver, products = Nystrom(7, damping=0.3, core_shift=0.2), []
+    for kept in (nystrom.KEPT_NUMBERS, 0):
+        monkeypatch.setattr(nystrom, "KEPT_NUMBERS", kept)
+        coordinates = players.coordinates(solver.draw(hessian.size, generator()))
+        terms = solver.local_terms(hessian, coordinates)
+        assert len(terms) == (kept > 0)
+        products.append(solver.solve(hessian, v, coordinates, terms))
+    check(products[1], products[0])

@@ -16,6 +16,7 @@ layer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -199,6 +200,52 @@ class MLPPass:
         return torch.cat([piece for pair in pieces for piece in pair])
 
 
+@dataclass(frozen=True)
+class LayerRows:
+    """What k products or rows of second derivatives are in the parameters of layer l, as sums over slots.
+
+    Attributes:
+        change: Cotangents of V, [k, n].
+        g_change: What the cotangents of z_l are beside ``change`` ⊙ G_l, [k, d_l, n]; None for nothing.
+        unit_cotangent: G_l [d_l, n].
+        hidden: h_{l-1} [d_{l-1}, n].
+        g: The cotangent of z_l before any change, [d_l, n]; None where h_{l-1} does not move.
+        moved: How h_{l-1} moves, [k, d_{l-1}, n]; or [k, 1, n] where it does in one unit each; None if it does not.
+        unit: Which unit that is, int64 [k]; None where all move.
+    """
+
+    change: Tensor
+    g_change: Tensor | None
+    unit_cotangent: Tensor
+    hidden: Tensor
+    g: Tensor | None = None
+    moved: Tensor | None = None
+    unit: Tensor | None = None
+
+    def add_to_weight(self, weight: Tensor, outputs: slice) -> None:
+        """Adds the part in some rows of W_l to ``weight`` [k, ., d_{l-1}]."""
+        cotangent = self._cotangent(outputs)
+        weight.baddbmm_(cotangent, self.hidden.T.expand(len(cotangent), -1, -1))
+        if self.moved is None or self.g is None:
+            return
+        if self.unit is None:
+            weight.baddbmm_(self.g[outputs].expand(len(cotangent), -1, -1), self.moved.mT)
+        else:
+            _add_to_unit(weight.mT, self.unit, self.moved[:, 0] @ self.g[outputs].T)
+
+    def bias(self) -> Tensor:
+        """The part in b_l, [k, d_l]."""
+        return self._cotangent(slice(None)).sum(-1)
+
+    def _cotangent(self, outputs: slice) -> Tensor:
+        cotangent = self.change[:, None] * self.unit_cotangent[outputs]
+        return cotangent if self.g_change is None else cotangent.add_(self.g_change[:, outputs])
+
+
+# The rows of some layers, from the last to the first.
+Walk = Iterator[LayerRows]
+
+
 class MLPCriticPass(CriticPass):
     """The critic as a perceptron with a single output.
 
@@ -240,8 +287,10 @@ class MLPCriticPass(CriticPass):
         """Adds Jᵀ u to a row of ``products`` [k, p] for each u of ``cotangent`` [k, n]."""
         for some, slots in self.parts(*cotangent.shape):
             part = self.at(slots)
-            for layer, g in part._g.items():
-                part._add_gradients(products[some], layer, cotangent[some, None, slots] * g)
+            part._add(products[some], part._products(cotangent[some, slots]))
+
+    def vjp_blocks(self, cotangent: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        return self._blocks(len(cotangent), lambda some, slots: self.at(slots)._products(cotangent[some, slots]))
 
     def jvp(self, tangent: Tensor) -> Tensor:
         total = torch.zeros_like(self.values)
@@ -261,6 +310,43 @@ class MLPCriticPass(CriticPass):
         for some, slots in self.parts(len(coordinates), len(self.values)):
             self.at(slots).add_second_order_rows(rows[some], coordinates[some], first[slots], second[slots])
         return rows
+
+    def second_order_blocks(
+        self, coordinates: Coordinates, first: Tensor, second: Tensor
+    ) -> Iterator[tuple[slice, Tensor]]:
+        def walk(some: slice, slots: slice) -> Walk:
+            return self.at(slots)._second_order(coordinates[some], first[slots], second[slots])
+
+        return self._blocks(len(coordinates), walk)
+
+    def _blocks(self, count: int, walk: Callable[[slice, slice], Walk]) -> Iterator[tuple[slice, Tensor]]:
+        """k = ``count`` rows by some columns at a time, which columns and [k, .], within :data:`BLOCK_BYTES`.
+
+        Args:
+            count: k.
+            walk: The layers of some rows at some slots. Where there are several such parts it starts anew for each
+                block: that takes time instead of memory.
+        """
+        parts = list(self.parts(count, len(self.values)))
+        single = walk(*parts[0])
+        for layer in range(self._pass.depth, 0, -1):
+            kept = next(single) if len(parts) == 1 else None
+            outputs, inputs = self._pass.weight(layer).shape
+            begin, most = self._begin(layer), max(1, BLOCK_BYTES // (count * inputs * self.values.element_size()))
+            for some_outputs in (slice(o, min(o + most, outputs)) for o in range(0, outputs, most)):
+                weight = self.values.new_zeros(count, some_outputs.stop - some_outputs.start, inputs)
+                for some, slots in parts:
+                    rows = kept or _skip(walk(some, slots), self._pass.depth - layer)
+                    rows.add_to_weight(weight[some], some_outputs)
+                yield slice(begin + some_outputs.start * inputs, begin + some_outputs.stop * inputs), weight.flatten(1)
+            bias = self.values.new_zeros(count, outputs)
+            for some, slots in parts:
+                bias[some] += (kept or _skip(walk(some, slots), self._pass.depth - layer)).bias()
+            yield slice(begin + outputs * inputs, begin + outputs * inputs + outputs), bias
+
+    def _begin(self, layer: int) -> int:
+        """Where W_l begins in the flat vector."""
+        return sum(x.numel() for x in self._mlp.parameters[: 2 * layer - 2])
 
     def parts(self, count: int, num_slots: int) -> Iterator[tuple[slice, slice]]:
         """Cuts ``count`` rows, and the slots if need be, so that a part's arrays stay within :data:`BLOCK_BYTES`."""
@@ -285,17 +371,23 @@ class MLPCriticPass(CriticPass):
         layers = range(1, self._pass.depth + 1)
         return {layer: LayerPlaces.of(coordinates.places, layer, self.values.dtype) for layer in layers}
 
-    def _add_gradients(self, rows: Tensor, layer: int, cotangent: Tensor) -> None:
-        """Adds the gradients in W_l and b_l for the cotangents g_l [k, d_l, n] to ``rows`` [k, p]."""
-        weight, bias = self._of_layer(rows, layer)
-        hidden = self._pass.hidden(layer - 1)
-        weight.baddbmm_(cotangent, hidden.T.expand(len(cotangent), -1, -1))
-        bias.add_(cotangent.sum(-1))
+    def _products(self, cotangent: Tensor) -> Walk:
+        """Jᵀ u for each u of ``cotangent`` [k, n], layer by layer."""
+        for layer in range(self._pass.depth, 0, -1):
+            yield LayerRows(cotangent, None, self._g[layer], self._pass.hidden(layer - 1))
+
+    def _add(self, rows: Tensor, walk: Walk) -> LayerRows:
+        """Adds all layers to ``rows`` [k, p]; returns the first one."""
+        for layer in range(self._pass.depth, 0, -1):
+            found, (weight, bias) = next(walk), self._of_layer(rows, layer)
+            found.add_to_weight(weight, slice(None))
+            bias.add_(found.bias())
+        return found
 
     def _of_layer(self, rows: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """The parts of ``rows`` [k, p] that belong to W_l and b_l, [k, d_l, d_{l-1}] and [k, d_l]."""
         outputs, inputs = self._pass.weight(layer).shape
-        begin = sum(x.numel() for x in self._mlp.parameters[: 2 * layer - 2])
+        begin = self._begin(layer)
         end = begin + outputs * inputs
         return rows[:, begin:end].view(-1, outputs, inputs), rows[:, end : end + outputs]
 
@@ -323,30 +415,31 @@ class MLPCriticPass(CriticPass):
         Returns:
             How the parameters change the cotangents of V, [k, n], and beside that those of z_1, [k, d_1, n] or None.
         """
+        first_layer = self._add(rows, self._second_order(coordinates, first, second))
+        return first_layer.change, first_layer.g_change
+
+    def _second_order(self, coordinates: Coordinates, first: Tensor, second: Tensor) -> Walk:
+        """The rows of second derivatives, layer by layer."""
         critic, places = self._pass, self._places(coordinates)
         drives = {layer: at.drive(critic.hidden(layer - 1)) for layer, at in places.items()}
         tangents = self._tangents_of_places(places, drives)
         change, g_change = second * (tangents[critic.depth][:, 0] if critic.depth > 1 else drives[1]), None
         for layer in range(critic.depth, 0, -1):
-            g = first * self._g[layer]
-            cotangent = change[:, None] * self._g[layer]
-            self._add_gradients(rows, layer, cotangent if g_change is None else cotangent.add_(g_change))
-            if layer == 1:
-                break
-            weight, below = self._of_layer(rows, layer)[0], layer - 1
-            cotangent_slope = critic.cotangent_slope(below, first * self._g[below])
-            g_change = self._passed_on(layer, g, places[layer], g_change).mul_(critic.slope(below))
+            below, g, moved, unit = layer - 1, first * self._g[layer], None, None
             if below > 1:
                 moved = tangents[below] * critic.slope(below)
-                weight.add_((moved.flatten(0, 1) @ g.T).view(*moved.shape[:2], -1).mT)
-                if cotangent_slope is not None:
-                    g_change.addcmul_(cotangent_slope, tangents[below])
-            else:
+            elif below == 1:
                 unit = places[1].units
-                _add_to_unit(weight.mT, unit, (drives[1] * critic.slope(1)[unit]) @ g.T)
-                if cotangent_slope is not None:
-                    _add_to_unit(g_change, unit, cotangent_slope[unit] * drives[1])
-        return change, g_change
+                moved = (drives[1] * critic.slope(1)[unit])[:, None]
+            yield LayerRows(change, g_change, self._g[layer], critic.hidden(below), g, moved, unit)
+            if below == 0:
+                return
+            g_change = self._passed_on(layer, g, places[layer], g_change).mul_(critic.slope(below))
+            cotangent_slope = critic.cotangent_slope(below, first * self._g[below])
+            if cotangent_slope is not None and below > 1:
+                g_change.addcmul_(cotangent_slope, tangents[below])
+            elif cotangent_slope is not None:
+                _add_to_unit(g_change, places[1].units, cotangent_slope[places[1].units] * drives[1])
 
     def _tangents_of_places(self, places: dict[int, LayerPlaces], drives: dict[int, Tensor]) -> dict[int, Tensor]:
         """Tangents of z_2 ... z_L, [k, d, n]; that of z_1 is the drive of a single unit."""
@@ -400,6 +493,11 @@ class MLPCriticPass(CriticPass):
     def _direction(self, tangent: Tensor) -> list[tuple[Tensor, Tensor]]:
         pieces = unflatten(tangent, self._mlp.parameters)
         return list(zip(pieces[::2], pieces[1::2], strict=True))
+
+
+def _skip(walk: Walk, count: int) -> LayerRows:
+    """What comes after ``count`` layers."""
+    return next(itertools.islice(walk, count, None))
 
 
 def _add_to_unit(x: Tensor, units: Tensor, values: Tensor) -> None:

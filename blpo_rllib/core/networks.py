@@ -110,6 +110,16 @@ class CriticPass(ABC):
             The rows, [k, p].
         """
 
+    def vjp_blocks(self, cotangent: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """:meth:`vjp` of ``cotangent`` [k, n] by some columns at a time: which columns, and those, [k, .]."""
+        yield slice(0, self.num_parameters), self.vjp(cotangent)
+
+    def second_order_blocks(
+        self, coordinates: Coordinates, first: Tensor, second: Tensor
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """:meth:`second_order_rows` by some columns at a time: which columns, and those, [k, .]."""
+        yield slice(0, self.num_parameters), self.second_order_rows(coordinates, first, second)
+
     @abstractmethod
     def second_order_product(self, tangent: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """The matrix of :meth:`second_order_rows` times ``tangent`` [p]."""
@@ -207,6 +217,22 @@ class AutogradCriticPass(CriticPass):
     def second_order_product(self, tangent: Tensor, first: Tensor, second: Tensor) -> Tensor:
         gradient = _gradient(self._graph, self._parameters, self._cotangent(first, second), create_graph=True)
         return _gradient(gradient, self._parameters, tangent)
+
+    def vjp_blocks(self, cotangent: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        for block, parameter in self._by_parameter():
+            yield block, torch.stack([_gradient(self._graph, [parameter], u) for u in cotangent])
+
+    def second_order_blocks(
+        self, coordinates: Coordinates, first: Tensor, second: Tensor
+    ) -> Iterator[tuple[slice, Tensor]]:
+        entries = list(self._entries(coordinates, self._cotangent(first, second)))
+        for block, parameter in self._by_parameter():
+            yield block, torch.stack([_derivative(entry, [parameter]) for entry in entries])
+
+    def _by_parameter(self) -> Iterator[tuple[slice, Tensor]]:
+        """Each parameter, and its place in the flat vector."""
+        for end, parameter in zip(self._ends.tolist(), self._parameters, strict=True):
+            yield slice(end - parameter.numel(), end), parameter
 
     def _gradients(self, outputs: Tensor, cotangents: Tensor) -> Tensor:
         """The gradient of ``outputs`` [m] for each of the cotangents [k, m], [k, p]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -71,6 +72,15 @@ class Curvature(ABC):
     def rows(self, coordinates: Coordinates) -> Tensor:
         """H[K, :], for k coordinates K, [k, p]; by symmetry also the columns K."""
         return self._reduction.sum(self.local_rows(coordinates))
+
+    def row_blocks(self, coordinates: Coordinates) -> Iterator[tuple[slice, Tensor]]:
+        """:meth:`rows` by some columns at a time, in any order: which columns, and those, [k, .]."""
+        for block, rows in self._local_row_blocks(coordinates):
+            yield block, self._reduction.sum(rows)
+
+    def _local_row_blocks(self, coordinates: Coordinates) -> Iterator[tuple[slice, Tensor]]:
+        """This process's term of :meth:`row_blocks`; a subclass may make it without all rows in memory."""
+        yield slice(0, self.size), self.local_rows(coordinates)
 
     @abstractmethod
     def _local_matvec(self, x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from blpo_rllib.core.curvature.base import Curvature
@@ -20,3 +22,7 @@ class GaussNewton(Curvature, replayable=True):
 
     def local_rows(self, coordinates: Coordinates) -> Tensor:
         return self._loss.critic.vjp(2 * self._loss.weights * self._loss.critic.jacobian_columns(coordinates))
+
+    def _local_row_blocks(self, coordinates: Coordinates) -> Iterator[tuple[slice, Tensor]]:
+        columns = self._loss.critic.jacobian_columns(coordinates)
+        return self._loss.critic.vjp_blocks(2 * self._loss.weights * columns)

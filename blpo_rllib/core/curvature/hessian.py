@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from blpo_rllib.core.curvature.base import Curvature
@@ -19,3 +21,6 @@ class Hessian(Curvature, replayable=True):
 
     def local_rows(self, coordinates: Coordinates) -> Tensor:
         return self._loss.critic.second_order_rows(coordinates, self._loss.cotangent, 2 * self._loss.weights)
+
+    def _local_row_blocks(self, coordinates: Coordinates) -> Iterator[tuple[slice, Tensor]]:
+        return self._loss.critic.second_order_blocks(coordinates, self._loss.cotangent, 2 * self._loss.weights)
