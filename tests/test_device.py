@@ -171,7 +171,7 @@ def test_a_critic_of_a_hundred_million_parameters_streams_its_rows(monkeypatch):
     settings = {"nystrom_rank": 20, "model": {"fcnet_hiddens": [10_000, 10_000]}, "width": 16}
     found = account(**settings)
     assert found.num_parameters > 1e8
-    most = 6 * found.num_parameters + 3 * mlp.BLOCK_BYTES / FLOAT
+    most = 7 * found.num_parameters + 3 * mlp.BLOCK_BYTES / FLOAT
     assert found.peak <= most
     assert not found.waits
     monkeypatch.setattr(nystrom, "KEPT_NUMBERS", 2**60)

@@ -49,17 +49,19 @@ def test_replayed_equals_plain(solver, curvature, settings, by_hand):
     assert (recorder.warm_ups, recorder.recordings) == (1, 1), "one recording serves all phases"
 
 
-def test_drawn_coordinates_are_inputs_of_a_recording():
+@pytest.mark.parametrize(("by_hand", "recordings"), [(True, 1), (False, 0)], ids=["by hand", "automatic"])
+def test_drawn_coordinates_are_inputs_of_a_recording(by_hand, recordings):
+    """Automatic differentiation looks them up on the host: no draw may run by the recording of another."""
     results, recorder = [], HostGraphs()
     for how in (None, recorder):
         torch.manual_seed(0)
-        players = twins()[1]
+        players = twins()[by_hand]
         update = make(players, Nystrom(3, 0.1, redraw=True), Hessian, how)
         for _ in range(2):
             update.run(random_batch(num_segments=4), 4, SETTINGS)
         results.append(weights(players))
     assert torch.equal(*results)
-    assert recorder.recordings == 1
+    assert recorder.recordings == recordings
 
 
 def test_a_restored_optimizer_is_seen_by_recordings():
