@@ -10,6 +10,7 @@ A row of a run's file is an evaluation (10 episodes without noise) with the mean
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import matplotlib as mpl
@@ -55,7 +56,7 @@ def figure() -> Path:
             for run in runs(task, algorithm):
                 steps = [row[ENV_STEPS] for row in run]
                 panel.plot(
-                    steps, [row.get(EPISODE_RETURN) for row in run], color=COLORS[algorithm], label=f"{algorithm}"
+                    steps, [row.get(EPISODE_RETURN, math.nan) for row in run], color=COLORS[algorithm], label=algorithm
                 )
                 panel.plot(steps, [row[EVALUATION_RETURN] for row in run], ".", color=COLORS[algorithm])
         panel.set(title=task, xlabel="environment steps", ylabel="return")
