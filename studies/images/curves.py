@@ -16,13 +16,13 @@ from pathlib import Path
 import matplotlib as mpl
 
 from blpo_rllib.experiments.metrics import CPU_SECONDS, ENV_STEPS, EPISODE_RETURN, EVALUATION_RETURN
-from studies.comparison.contestants import IMAGES, STRONG
+from studies.comparison.contestants import IMAGES, ON_IMAGES
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
-COLORS = dict(zip(STRONG, ("navy", "tab:cyan", "tab:red"), strict=True))
+COLORS = dict(zip(ON_IMAGES, ("navy", "tab:cyan", "tab:red"), strict=True))
 
 
 def rows(path: Path) -> list[dict[str, float]]:
@@ -39,7 +39,7 @@ def table() -> str:
     """The last row of each run."""
     lines = ["| game | algorithm | steps | training return | evaluation | CPU s per 100k steps |", "|---" * 6 + "|"]
     for task in IMAGES:
-        for algorithm in STRONG:
+        for algorithm in ON_IMAGES:
             for run in runs(task, algorithm):
                 last = run[-1]
                 cost = last[CPU_SECONDS] / last[ENV_STEPS] * 1e5
@@ -52,7 +52,7 @@ def figure() -> Path:
     """Training returns against steps, a panel per game, evaluations as dots."""
     drawing, panels = plt.subplots(1, len(IMAGES), figsize=(10, 3.6), layout="constrained", squeeze=False)
     for panel, task in zip(panels.flat, IMAGES, strict=True):
-        for algorithm in STRONG:
+        for algorithm in ON_IMAGES:
             for run in runs(task, algorithm):
                 steps = [row[ENV_STEPS] for row in run]
                 panel.plot(
