@@ -144,6 +144,9 @@ def test_what_changes_between_phases_is_taken_up():
             optimizer.param_groups[0]["lr"] *= 0.1
     check(updates, batch, 3, SETTINGS)
     check(updates, batch, 2, replace(SETTINGS, leader=LeaderLoss(0.2, entropy_coeff=0.5)))
+    num_plans = len(updates[0][0]._replayed._plans)
+    check(updates, batch, 2, replace(SETTINGS, leader=LeaderLoss(0.2, entropy_coeff=0.1)))
+    assert len(updates[0][0]._replayed._plans) == num_plans, "a coefficient of another value was recorded anew"
     check(updates, players_and_batch(width=11)[1], 3, SETTINGS)
     for _, own in updates:
         for parameters in (own.actor_parameters, own.critic_parameters):

@@ -68,6 +68,12 @@ class LeaderLoss:
     entropy_coeff: float | Tensor | None = None
     kl_coeff: float | Tensor | None = None
 
+    @property
+    def coefficients(self) -> dict[str, float | Tensor]:
+        """Those that are not left out."""
+        named = {"entropy_coeff": self.entropy_coeff, "kl_coeff": self.kl_coeff}
+        return {name: x for name, x in named.items() if x is not None}
+
 
 @dataclass(frozen=True)
 class Correction:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from blpo_rllib.core.ihvp import IHVPSolver
 from blpo_rllib.core.networks import ActorPass, Coordinates
 from blpo_rllib.core.players import Minibatch, Players
 from blpo_rllib.core.reduction import Reduction
+from blpo_rllib.core.segments import SegmentBatch
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,6 @@ class MinibatchMetrics:
             counts=torch.stack(counts),
         )
 
-    def zeros(self) -> MinibatchMetrics:
-        """Zeros of the same shapes."""
-        return MinibatchMetrics(*map(torch.zeros_like, (self.step_means, self.minibatch_means, self.counts)))
-
     def __add__(self, other: MinibatchMetrics) -> MinibatchMetrics:
         return MinibatchMetrics(
             self.step_means + other.step_means,
@@ -153,11 +150,70 @@ class MinibatchMetrics:
         )
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one minibatch consists of, and what is done with it.
+
+    Attributes:
+        batch: The segments it is taken from.
+        targets: Their value targets [M, S].
+        rows: Which of them, int64.
+        num_steps: Its steps on all processes, a scalar.
+        coordinates: Those that the solver drew for it, if it draws any.
+        settings: What to do.
+        shared: Whose correction to go by; None for one of its own.
+    """
+
+    batch: SegmentBatch
+    targets: Tensor
+    rows: Tensor
+    num_steps: Tensor
+    coordinates: Coordinates | None
+    settings: UpdateSettings
+    shared: Hypergradient | None
+
+    def minibatch(self) -> Minibatch:
+        """The segments of the minibatch."""
+        return Minibatch.of(self.batch.permuted(self.rows), self.targets[self.rows], self.num_steps)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over a batch: as :class:`Step`, with a row for each minibatch.
+
+    Attributes:
+        batch: The segments.
+        targets: Value targets [M, S].
+        rows: The segments of each minibatch, int64 [number of minibatches, segments of each].
+        num_steps: The steps of each minibatch on all processes, [number of minibatches].
+        coordinates: What the solver drew for each minibatch; none where it drew nothing.
+        settings: What to do.
+        shared: Whose correction all minibatches go by; None where each has its own.
+    """
+
+    batch: SegmentBatch
+    targets: Tensor
+    rows: Tensor
+    num_steps: Tensor
+    coordinates: Sequence[Coordinates]
+    settings: UpdateSettings
+    shared: Hypergradient | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def step(self, place: int) -> Step:
+        """One of the minibatches."""
+        drawn = self.coordinates[place] if self.coordinates else None
+        own = self.rows[place], self.num_steps[place], drawn
+        return Step(self.batch, self.targets, *own, self.settings, self.shared)
+
+
 class MinibatchResult(NamedTuple):
     """What the update of one minibatch reports.
 
     Attributes:
-        metrics: Its metrics.
+        metrics: Its metrics, or those of several minibatches added up.
         grad_critic: v = ∇_w J, [p]; empty without a solver.
         ihvp: x ≈ (∇²_ww L + ρI)⁻¹ v, [p]; empty without a solver.
     """

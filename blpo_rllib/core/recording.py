@@ -50,7 +50,9 @@ class _Buffer:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
+    """A call of a compiled function, with arrays of the recorded run in place of the replay's."""
+
     name: str
     args: tuple[Argument, ...]
 
@@ -70,18 +72,22 @@ class Recorder(TorchDispatchMode):
         dtype: Type of all real numbers.
         inputs: Arrays that are other ones in each replay.
         fixed: Arrays that stay where they are, and whose contents may change.
+
+    Attributes:
+        round: Will hold the number of the repetition while a replay runs, int64 [1].
     """
 
     def __init__(self, kernels: Kernels, dtype: torch.dtype, inputs: Sequence[Tensor], fixed: Sequence[Tensor]):
         super().__init__()
         self._kernels, self._dtype, self._inputs = kernels, dtype, inputs
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
+        self.round = torch.zeros(1, dtype=torch.int64)
         self._buffers: dict[int, _Buffer] = {}
         # Keeps every array of the recorded run in memory, so that an address means one array only.
         self._arrays: list[Tensor] = []
         for tensor in inputs:
             self._own(tensor)
-        for tensor in fixed:
+        for tensor in (self.round, *fixed):
             self._buffers[_address(tensor)] = _Buffer(tensor.element_size(), 0, _address(tensor))
 
     def __enter__(self) -> Recorder:
@@ -123,7 +129,7 @@ class Recorder(TorchDispatchMode):
 
     def call(self, name: str, *args: Argument) -> None:
         """Writes down a call of a compiled function."""
-        call = _Call(name, args)
+        call = Call(name, args)
         for tensor in call.tensors:
             buffer = self._buffers.get(_address(tensor))
             if buffer is None:
@@ -132,11 +138,23 @@ class Recorder(TorchDispatchMode):
             buffer.last = len(self._calls)
         self._calls.append(call)
 
-    def finish(self, outputs: Sequence[Tensor]) -> Replay:
-        """The list of calls as one that can be replayed, with results for ``outputs``."""
+    def finish(self, outputs: Sequence[Tensor], filling: Sequence[Call] = ()) -> Replay:
+        """The list of calls as one that can be replayed.
+
+        Args:
+            outputs: What it has results for.
+            filling: Calls that each fill the input that is their first argument; due before all others, in reverse, if
+                the input is used.
+        """
         for tensor in outputs:
             if tensor.numel():
                 self._buffers[_address(tensor)].last = len(self._calls)
+        due: list[Call] = []
+        for call in filling:
+            if self._buffers[_address(call.args[0])].last >= 0:
+                due.insert(0, call)
+                for tensor in call.tensors:
+                    self._buffers[_address(tensor)].last = max(0, self._buffers[_address(tensor)].last)
         for tensor in self._inputs:
             self._buffers[_address(tensor)].first = -1
         used = [x for x in self._buffers.values() if x.address is None and x.last >= 0]
@@ -154,18 +172,20 @@ class Recorder(TorchDispatchMode):
         def view(tensor: Tensor) -> Tensor:
             if not tensor.numel():
                 return torch.empty(tensor.shape, dtype=self._dtype)
+            if buffer_of(tensor).address is not None:
+                return tensor
             begin, buffer = start + buffer_of(tensor).offset, buffer_of(tensor)
             dtype = torch.int64 if tensor.dtype == torch.int64 else self._dtype
             numbers = memory[begin : begin + buffer.size].view(dtype)
             return numbers[tensor.storage_offset() :].as_strided(tensor.shape, tensor.stride())
 
         calls, alive = [], []
-        for call in self._calls:
+        for call in (*due, *self._calls):
             words, more = pack(call.args, address)
             calls.append((self._kernels.address(call.name, self._dtype), ctypes.addressof(words)))
             alive.append((words, more))
         taken = [view(x) if buffer_of(x).last >= 0 else None for x in self._inputs]
-        return Replay(self._kernels, memory, calls, alive, taken, [view(x) for x in outputs])
+        return Replay(self._kernels, memory, calls, alive, taken, [view(x) for x in outputs], self.round)
 
 
 class Replay:
@@ -184,8 +204,10 @@ class Replay:
         alive: Any,
         inputs: Sequence[Tensor | None],
         outputs: Sequence[Tensor],
+        round_: Tensor,
     ):
-        self._kernels, self._alive, self._num_calls = kernels, (memory, alive), len(calls)
+        self._kernels, self._alive, self._num_calls = kernels, (memory, alive, round_), len(calls)
+        self._round = round_.data_ptr()
         self._calls = (ctypes.c_int64 * (2 * len(calls)))(*(word for call in calls for word in call))
         self._start = ctypes.addressof(self._calls)
         self.inputs, self.outputs = inputs, outputs
@@ -193,24 +215,27 @@ class Replay:
         self._quickest: dict[int, float] = {}
         self._num_trials = 0
 
-    def run(self) -> None:
-        """Runs all calls.
+    def run(self, repetitions: int = 1) -> None:
+        """Runs all calls, as often as is asked for.
 
         On one thread or on all: whichever was quicker in the first runs, for waking a thread may cost more than it
         saves. Results do not depend on it.
         """
         num_threads = torch.get_num_threads()
         if num_threads == 1:
-            self._kernels.run(self._start, self._num_calls, 1)
+            self._run(1, repetitions)
         elif self._num_trials < _NUM_TRIALS:
-            self._try((1, num_threads)[self._num_trials % 2])
+            self._try((1, num_threads)[self._num_trials % 2], repetitions)
         else:
-            self._kernels.run(self._start, self._num_calls, min(self._quickest, key=self._quickest.__getitem__))
+            self._run(min(self._quickest, key=self._quickest.__getitem__), repetitions)
 
-    def _try(self, num_threads: int) -> None:
+    def _run(self, num_threads: int, repetitions: int) -> None:
+        self._kernels.run(self._start, self._num_calls, num_threads, self._round, repetitions)
+
+    def _try(self, num_threads: int, repetitions: int) -> None:
         started = time.perf_counter()
-        self._kernels.run(self._start, self._num_calls, num_threads)
-        elapsed = time.perf_counter() - started
+        self._run(num_threads, repetitions)
+        elapsed = (time.perf_counter() - started) / repetitions
         self._quickest[num_threads] = min(elapsed, self._quickest.get(num_threads, elapsed))
         self._num_trials += 1
 

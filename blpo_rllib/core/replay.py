@@ -5,18 +5,27 @@ from __future__ import annotations
 import ctypes
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from blpo_rllib.core.adam import AdamSteps
-from blpo_rllib.core.hypergradient import Hypergradient
-from blpo_rllib.core.minibatch import MinibatchMetrics, MinibatchResult, MinibatchUpdate, UpdateSettings
-from blpo_rllib.core.native import Kernels, pack
+from blpo_rllib.core.minibatch import (
+    Counts,
+    Epoch,
+    MinibatchMeans,
+    MinibatchMetrics,
+    MinibatchResult,
+    MinibatchUpdate,
+    StepMeans,
+    UpdateSettings,
+)
+from blpo_rllib.core.native import Kernels
 from blpo_rllib.core.networks import Coordinates
 from blpo_rllib.core.players import Minibatch
-from blpo_rllib.core.recording import Recorder, Replay
+from blpo_rllib.core.recording import Call, Recorder
 from blpo_rllib.core.segments import SegmentBatch
 
 # Recordings kept: one for each shape of minibatch and each setting met lately.
@@ -24,7 +33,7 @@ MAX_PLANS = 16
 
 
 class ReplayedUpdate:
-    """Takes the players through minibatches by replaying what one minibatch of each shape did.
+    """Takes the players through epochs by replaying what one minibatch of each shape did.
 
     Args:
         update: What is recorded.
@@ -37,130 +46,116 @@ class ReplayedUpdate:
         self._plans: OrderedDict[Any, _Plan] = OrderedDict()
         self._source: tuple[SegmentBatch, Tensor, list[Tensor]] | None = None
 
-    def __call__(
-        self,
-        batch: SegmentBatch,
-        targets: Tensor,
-        rows: Tensor,
-        num_steps: Tensor,
-        coordinates: Coordinates | None,
-        settings: UpdateSettings,
-        shared: Hypergradient | None,
-    ) -> MinibatchResult:
-        """Updates the players by the segments ``rows`` (int64) of a batch; see :class:`MinibatchUpdate`.
+    def __call__(self, epoch: Epoch) -> MinibatchResult:
+        """Updates the players by all minibatches of an epoch; see :class:`MinibatchUpdate`.
 
         Returns:
-            What it reports; its tensors are overwritten by the next call.
+            What the last one reports, with the sum of all metrics; its other tensors are overwritten by the next call.
 
         Raises:
             CannotRecordError: If some operation cannot be recorded; nothing has changed then.
         """
-        source = self._arrays(batch, targets)
+        segments, rows = self._segments(epoch), _by_minibatch(epoch)
         memory = [x for adam in self._adams for x in adam.memory]
-        shapes = tuple(x.shape[1:] for x in source), len(rows), None if coordinates is None else len(coordinates)
-        kind = batch.advantage.structure, shared is None
-        key = kind, shapes, settings, tuple(x.data_ptr() for x in memory)
+        shapes = tuple(x.shape[1:] for x in (*segments, *rows)), epoch.batch.advantage.structure
+        key = shapes, epoch.shared is None, _kind(epoch.settings), tuple(x.data_ptr() for x in memory)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._record(
-                batch, targets, rows, num_steps, coordinates, settings, shared, memory
-            )
+            plan = self._plans[key] = _Plan(self._update, epoch, segments, rows, memory, self._kernels)
             if len(self._plans) > MAX_PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
-        return plan.run(source, rows, num_steps, _others(coordinates, shared))
+        return plan.run(epoch, [*segments, *rows])
 
-    def _arrays(self, batch: SegmentBatch, targets: Tensor) -> list[Tensor]:
+    def _segments(self, epoch: Epoch) -> list[Tensor]:
         """All that a batch consists of, in the form in which rows are copied: contiguous, integers of one type."""
+        batch, targets = epoch.batch, epoch.targets
         if self._source is None or self._source[0] is not batch or self._source[1] is not targets:
-            arrays = [_plain(x) for x in (*batch.rows(), targets)]
-            self._source = batch, targets, arrays
+            self._source = batch, targets, [_plain(x) for x in (*batch.rows(), targets)]
         return self._source[2]
-
-    def _record(
-        self,
-        batch: SegmentBatch,
-        targets: Tensor,
-        rows: Tensor,
-        num_steps: Tensor,
-        coordinates: Coordinates | None,
-        settings: UpdateSettings,
-        shared: Hypergradient | None,
-        memory: Sequence[Tensor],
-    ) -> _Plan:
-        source = self._arrays(batch, targets)
-        *own, own_targets = (x[rows] for x in source)
-        own_num_steps = num_steps.clone()
-        own_coordinates = None if coordinates is None else coordinates.copy()
-        own_shared = None if shared is None else shared.copy_of_correction()
-        inputs = [*own, own_targets, own_num_steps, *_others(own_coordinates, own_shared)]
-        saved = [x.clone() for x in memory]
-        recorder = Recorder(self._kernels, own_targets.dtype, inputs, memory)
-        try:
-            with torch.no_grad(), recorder:
-                minibatch = Minibatch.of(batch.with_rows(own), own_targets, own_num_steps)
-                result = self._update(minibatch, own_coordinates, settings, own_shared)
-        finally:
-            for x, before in zip(memory, saved, strict=True):
-                x.copy_(before)
-        return _Plan(
-            self._kernels,
-            recorder.finish([*_tensors(result.metrics), result.grad_critic, result.ihvp]),
-            source,
-            len(rows),
-        )
 
 
 class _Plan:
-    """The recording of one minibatch, with the calls that copy a minibatch's rows to where it reads them.
+    """The recording of one minibatch, which begins by copying its own rows of all arrays.
 
     Args:
+        update: What is recorded.
+        epoch: Its first minibatch is recorded; the players are afterwards as before.
+        segments: The arrays from which each minibatch takes several rows.
+        by_minibatch: Those from which it takes one: which rows that are, and what else :func:`_by_minibatch` says.
+        memory: What the update changes.
         kernels: The compiled functions.
-        replay: What was recorded; its inputs are the rows, their number of steps, and coordinates if there are any.
-        arrays: What the rows are taken from.
-        num_rows: Rows of a minibatch.
     """
 
-    def __init__(self, kernels: Kernels, replay: Replay, arrays: Sequence[Tensor], num_rows: int):
-        self._replay = replay
-        rows, (self._num_steps, *self._others) = replay.inputs[: len(arrays)], replay.inputs[len(arrays) :]
-        self._index = torch.zeros(num_rows, dtype=torch.int64)
-        # Where the arrays stand, which are others for each batch.
-        self._sources = (ctypes.c_void_p * len(arrays))()
-        self._arrays: Sequence[Tensor] | None = None
-        calls, alive = [], []
-        for place, x in enumerate(rows):
-            if x is None:
-                continue
+    def __init__(
+        self,
+        update: MinibatchUpdate,
+        epoch: Epoch,
+        segments: Sequence[Tensor],
+        by_minibatch: Sequence[Tensor],
+        memory: Sequence[Tensor],
+        kernels: Kernels,
+    ):
+        rows, num_steps, *drawn = (x[0].clone() for x in by_minibatch)
+        *own, targets = (x[rows] for x in segments)
+        inputs = [*own, targets, rows, num_steps, *drawn]
+        # Where the arrays stand, which are others in each epoch.
+        self._sources = (ctypes.c_void_p * len(inputs))()
+        leader = epoch.settings.leader
+        # What is the same in all minibatches of an epoch, but not in all epochs.
+        self._coefficients = {name: torch.tensor(float(x)).to(targets) for name, x in leader.coefficients.items()}
+        self._shared = None if epoch.shared is None else epoch.shared.copy_of_correction()
+        same = [*self._coefficients.values(), *(() if self._shared is None else self._shared.correction)]
+        self._sums = MinibatchMetrics(*(targets.new_zeros(len(x._fields)) for x in (StepMeans, MinibatchMeans, Counts)))
+
+        recorder = Recorder(kernels, targets.dtype, inputs, [*memory, *same, *_tensors(self._sums)])
+        saved = [x.clone() for x in memory]
+        try:
+            with torch.no_grad(), recorder:
+                result = update(
+                    Minibatch.of(epoch.batch.with_rows(own), targets, num_steps),
+                    Coordinates(*drawn) if drawn else None,
+                    replace(epoch.settings, leader=replace(leader, **self._coefficients)),
+                    self._shared,
+                )
+                for total, x in zip(_tensors(self._sums), _tensors(result.metrics), strict=True):
+                    total.add_(x)
+        finally:
+            for x, before in zip(memory, saved, strict=True):
+                x.copy_(before)
+        filling = []
+        for place, x in enumerate(inputs):
             source = ctypes.addressof(self._sources) + place * ctypes.sizeof(ctypes.c_void_p)
-            num_bytes = x[0].numel() * x.element_size()
-            words, more = pack((x, source, self._index, num_rows, num_bytes), Tensor.data_ptr)
-            calls.append((kernels.address("take_rows", torch.float32), ctypes.addressof(words)))
-            alive.append((words, more))
-        self._take_rows = Replay(kernels, self._index, calls, alive, (), ())
-        step_means, minibatch_means, counts, grad_critic, ihvp = replay.outputs
-        self._result = MinibatchResult(MinibatchMetrics(step_means, minibatch_means, counts), grad_critic, ihvp)
+            index = (rows, len(rows)) if place < len(segments) else (recorder.round, 1)
+            filling.append(Call("take_rows", (x, source, *index, x.nbytes // index[1])))
+        self._replay = recorder.finish([result.grad_critic, result.ihvp], filling)
 
-    def run(
-        self, arrays: Sequence[Tensor], rows: Tensor, num_steps: Tensor, others: Sequence[Tensor]
-    ) -> MinibatchResult:
-        """Replays the minibatch made of these rows of ``arrays``, with ``others`` of :func:`_others`."""
-        if self._arrays is not arrays:
-            self._arrays = arrays
-            self._sources[:] = [x.data_ptr() for x in arrays]
-        self._index.copy_(rows)
-        for own, x in zip((self._num_steps, *self._others), (num_steps, *others), strict=True):
-            if own is not None:
+    def run(self, epoch: Epoch, arrays: Sequence[Tensor]) -> MinibatchResult:
+        """Replays it for all minibatches of an epoch, which consists of ``arrays``."""
+        self._sources[:] = [x.data_ptr() for x in arrays]
+        for name, coefficient in self._coefficients.items():
+            coefficient.fill_(epoch.settings.leader.coefficients[name])
+        if self._shared is not None and epoch.shared is not None:
+            for own, x in zip(self._shared.correction, epoch.shared.correction, strict=True):
                 own.copy_(x)
-        self._take_rows.run()
-        self._replay.run()
-        return self._result
+        for total in _tensors(self._sums):
+            total.zero_()
+        self._replay.run(len(epoch))
+        return MinibatchResult(MinibatchMetrics(*(x.clone() for x in _tensors(self._sums))), *self._replay.outputs)
 
 
-def _others(coordinates: Coordinates | None, shared: Hypergradient | None) -> list[Tensor]:
-    """What a minibatch depends on besides its rows."""
-    drawn = () if coordinates is None else (coordinates.index, coordinates.places)
-    return [x for x in (*drawn, *(() if shared is None else shared.correction)) if x is not None]
+def _by_minibatch(epoch: Epoch) -> list[Tensor]:
+    """What differs between minibatches, [number of minibatches, ...]: rows, numbers of steps, coordinates if any."""
+    drawn = [] if not epoch.coordinates else [[x.index for x in epoch.coordinates]]
+    if epoch.coordinates and epoch.coordinates[0].places is not None:
+        drawn.append([x.places for x in epoch.coordinates])
+    return [epoch.rows.contiguous(), epoch.num_steps.contiguous(), *(torch.stack(x) for x in drawn)]
+
+
+def _kind(settings: UpdateSettings) -> UpdateSettings:
+    """All that a recording holds of them: not the values of coefficients."""
+    names = dict.fromkeys(settings.leader.coefficients, 0.0)
+    return replace(settings, leader=replace(settings.leader, **names))
 
 
 def _tensors(metrics: MinibatchMetrics) -> list[Tensor]:

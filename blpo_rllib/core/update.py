@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,16 @@ from blpo_rllib.core.added_losses import AddedLosses
 from blpo_rllib.core.advantages import Rollouts, anchored, full_advantages
 from blpo_rllib.core.curvature import Curvature
 from blpo_rllib.core.graphs import Graphed, GraphMaker
-from blpo_rllib.core.hypergradient import Hypergradient
 from blpo_rllib.core.ihvp import IHVPSolver
 from blpo_rllib.core.minibatch import (
     Counts,
+    Epoch,
     MinibatchMeans,
     MinibatchMetrics,
     MinibatchResult,
     MinibatchUpdate,
     Postprocess,
+    Step,
     StepMeans,
     UpdateSettings,
 )
@@ -108,7 +108,7 @@ class BilevelUpdate:
         self._graphed: Graphed | None = None
         replayable = all(part is None or part.replayable for part in (self._curvature, self._solver))
         if self._graphs is not None and is_plain and replayable:
-            self._graphed = Graphed(self._take_rows, self._graphs, self._reduction)
+            self._graphed = Graphed(self._take, self._graphs, self._reduction)
         self._drawn: tuple[np.ndarray, Coordinates] | None = None
 
     def forget_draw(self) -> None:
@@ -145,7 +145,6 @@ class BilevelUpdate:
         targets, segments, shared, num_updates = values + adv, batch, None, 0
         sums: MinibatchMetrics | None = None
         for epoch in range(settings.num_epochs):
-            before = sums
             if settings.advantages.is_anchored_at(epoch, rollouts is not None):
                 if epoch:
                     values = self._values(batch, size)
@@ -156,13 +155,11 @@ class BilevelUpdate:
                 drawn = next(iter(self._draw_coordinates(1)), None)
                 shared = self._minibatch_update.hypergradient(sample, drawn, settings)
             coordinates = self._draw_coordinates(0 if shared is not None else num_minibatches)
-            for (rows, num_steps), drawn in zip_longest(self._minibatches(segments, size), coordinates):
-                result = self._step(segments, targets, rows, num_steps, drawn, settings, shared)
-                # Added at once, because the next replay overwrites what this one reports.
-                sums = result.metrics + (result.metrics.zeros() if sums is None else sums)
+            minibatches = Epoch(segments, targets, *self._order(segments, size), coordinates, settings, shared)
+            result = self._run(minibatches)
+            sums = result.metrics if sums is None else sums + result.metrics
             num_updates += num_minibatches
-            assert sums is not None
-            if settings.max_kl is not None and self._kl(sums, before) > settings.max_kl * num_minibatches:
+            if settings.max_kl is not None and self._kl(result.metrics) > settings.max_kl * num_minibatches:
                 break
         assert sums is not None
         target_moments = _moments(targets.nan_to_num(0.0, 0.0, 0.0), batch.step)
@@ -173,7 +170,7 @@ class BilevelUpdate:
             self._rate_factor = next_rate_factor(self._rate_factor, metrics["approx_kl"], settings.target_kl)
         if self._solver is not None:
             # On the last sample only, for the product it takes.
-            last = sample if shared is not None else Minibatch.of(segments.permuted(rows), targets[rows], num_steps)
+            last = sample if shared is not None else minibatches.step(-1).minibatch()
             curvature = self._minibatch_update.curvature(last)
             residual = self._solver.relative_residual(curvature, result.grad_critic, result.ihvp)
             metrics["ihvp_relative_residual"] = float(residual)
@@ -224,57 +221,39 @@ class BilevelUpdate:
             parts = batch.split(size)
             return torch.cat([self._players.critic(slots(part.obs)).values.view_as(part.step) for part in parts])
 
-    def _minibatches(self, batch: SegmentBatch, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """An epoch's minibatches in random order: rows of the batch, int64 [size], and the steps of all processes."""
+    def _order(self, batch: SegmentBatch, size: int) -> tuple[Tensor, Tensor]:
+        """A random order: the segments of each minibatch, int64 [., size], and its steps on all processes."""
         order = torch.as_tensor(self._order_generator.permutation(len(batch)), device=batch.step.device)
         # A minibatch may be blank on one process, but is not on all.
         num_steps = self._reduction.sum(batch.step.sum(1)[order].view(-1, size).sum(1))
-        return zip(order.split(size), num_steps, strict=True)
+        return order.view(-1, size), num_steps
 
-    def _step(
-        self,
-        batch: SegmentBatch,
-        targets: Tensor,
-        rows: Tensor,
-        num_steps: Tensor,
-        coordinates: Coordinates | None,
-        settings: UpdateSettings,
-        shared: Hypergradient | None,
-    ) -> MinibatchResult:
-        """Updates the players by the minibatch that consists of some rows of the batch."""
-        if self._replayed is not None and len(rows) * batch.step.shape[1] <= MAX_REPLAYED_SLOTS:
+    def _run(self, epoch: Epoch) -> MinibatchResult:
+        """Updates the players by the minibatches of an epoch; what the last reports, with the sum of all metrics."""
+        if self._replayed is not None and epoch.rows.shape[1] * epoch.batch.step.shape[1] <= MAX_REPLAYED_SLOTS:
             try:
-                return self._replayed(batch, targets, rows, num_steps, coordinates, settings, shared)
+                return self._replayed(epoch)
             except CannotRecordError as error:
                 logger.info("the update dispatches its operations one by one (slower), because %s", error)
                 self._replayed = None
-        take = self._graphed or self._take_rows
-        result: MinibatchResult = take(batch, targets, rows, num_steps, coordinates, settings, shared)
-        return result
+        results = map(self._graphed or self._take, map(epoch.step, range(len(epoch))))
+        result: MinibatchResult = next(results)
+        sums = result.metrics
+        for result in results:
+            sums = sums + result.metrics
+        return result._replace(metrics=sums)
 
-    def _take_rows(
-        self,
-        batch: SegmentBatch,
-        targets: Tensor,
-        rows: Tensor,
-        num_steps: Tensor,
-        coordinates: Coordinates | None,
-        settings: UpdateSettings,
-        shared: Hypergradient | None,
-    ) -> MinibatchResult:
-        minibatch = Minibatch.of(batch.permuted(rows), targets[rows], num_steps)
-        return self._minibatch_update(minibatch, coordinates, settings, shared)
+    def _take(self, step: Step) -> MinibatchResult:
+        return self._minibatch_update(step.minibatch(), step.coordinates, step.settings, step.shared)
 
     def _is_replayable(self) -> bool:
         """Whether minibatches of one shape take the same operations; sums over processes are not among those."""
         parts = self._players, self._curvature, self._solver
         return type(self._reduction) is Reduction and all(part is None or part.replayable for part in parts)
 
-    def _kl(self, sums: MinibatchMetrics, before: MinibatchMetrics | None) -> float:
-        """``approx_kl``, added up over the minibatches since ``before``, of all processes."""
-        index = StepMeans._fields.index("approx_kl")
-        added = sums.step_means[index] - (0.0 if before is None else before.step_means[index])
-        return float(self._reduction.sum(added))
+    def _kl(self, sums: MinibatchMetrics) -> float:
+        """``approx_kl``, added up over minibatches and processes."""
+        return float(self._reduction.sum(sums.step_means[StepMeans._fields.index("approx_kl")]))
 
     def _metrics(self, sums: MinibatchMetrics, num_updates: int, target_moments: Tensor) -> dict[str, float]:
         step_means, moments = self._reduction.sum_all([sums.step_means, target_moments])

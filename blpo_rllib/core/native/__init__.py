@@ -94,7 +94,7 @@ class Kernels:
         for function in (self._call, self._run):
             function.restype = None
         self._call.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-        self._run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        self._run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
         self._addresses: dict[tuple[str, torch.dtype], int] = {}
         self.listener: Callable[[str, Sequence[Argument]], None] | None = None
 
@@ -116,9 +116,17 @@ class Kernels:
         if self.listener is not None:
             self.listener(name, args)
 
-    def run(self, calls: int, count: int, num_threads: int) -> None:
-        """Runs a list of ``count`` calls, which starts at the address ``calls``: see ``Call`` in ``program.cpp``."""
-        self._run(calls, count, num_threads)
+    def run(self, calls: int, count: int, num_threads: int, round_: int, repetitions: int) -> None:
+        """Runs a list of ``count`` calls, which starts at the address ``calls``: see ``blpo_run`` in ``program.cpp``.
+
+        Args:
+            calls: The address.
+            count: The list's length.
+            num_threads: Threads of each call.
+            round_: Where the number of the repetition stands while it runs.
+            repetitions: How often the list runs.
+        """
+        self._run(calls, count, num_threads, round_, repetitions)
 
 
 def pack(args: Sequence[Argument], address: Callable[[Tensor], int]) -> tuple[Any, Any]:

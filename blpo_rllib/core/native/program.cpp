@@ -41,7 +41,9 @@ struct Call {
   const Word* arguments;
 };
 
-void blpo_run(const Call* calls, int64_t count, int64_t threads) {
-  for (int64_t i = 0; i < count; ++i) calls[i].function(calls[i].arguments, static_cast<int>(threads));
+// The list of calls `repetitions` times; `round` says which time it is, from 0.
+void blpo_run(const Call* calls, int64_t count, int64_t threads, int64_t* round, int64_t repetitions) {
+  for (*round = 0; *round < repetitions; ++*round)
+    for (int64_t i = 0; i < count; ++i) calls[i].function(calls[i].arguments, static_cast<int>(threads));
 }
 }
