@@ -382,6 +382,14 @@ def _beside_index(array: Tensor, index: Tensor, x: Tensor, dim: int) -> np.ndarr
     return _packed(index.shape, [array.stride(), index.stride(), others])
 
 
+@_lowers(aten.argmax.default)
+def _argmax(recorder: Recorder, out: Tensor, x: Tensor, dim: int | None = None, keepdim: bool = False) -> None:
+    if x.dim() != 2 or dim is None or keepdim:
+        raise CannotRecordError("argmax other than along one of two axes")
+    other = 1 - dim % 2
+    recorder.call("argmax", out, out.stride(0), x, x.shape[dim], x.stride(dim), x.shape[other], x.stride(other))
+
+
 @_lowers(aten.gather.default)
 def _gather(recorder: Recorder, out: Tensor, x: Tensor, dim: int, index: Tensor, **kwargs: Any) -> None:
     recorder.call("pick", out, index, x, x.stride(dim), _beside_index(out, index, x, dim))

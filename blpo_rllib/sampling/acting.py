@@ -7,6 +7,7 @@ theirs, so that both ways of sampling give the same episodes.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +25,12 @@ from ray.rllib.utils.filter import RunningStat
 from ray.rllib.utils.numpy import SMALL_NUMBER, convert_to_numpy
 from ray.rllib.utils.spaces.space_utils import clip_action, unsquash_action
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
-from torch import nn
+from torch import Tensor
 
-from blpo_rllib.core.mlp import ACTIVATIONS, Activation
+from blpo_rllib.core.mlp import MLP
+from blpo_rllib.core.mlp_native import forward_pass
+from blpo_rllib.core.native import Kernels
+from blpo_rllib.core.recording import Recorder
 from blpo_rllib.learning.players import perceptron
 from blpo_rllib.rllib_private import common_pass, exploration_pass, running_filter
 
@@ -35,24 +39,25 @@ from blpo_rllib.rllib_private import common_pass, exploration_pass, running_filt
 Actor = Callable[[np.ndarray, int, Any], dict[str, Any]]
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
-_ACTIVATIONS: dict[Activation, Callable[[np.ndarray], np.ndarray]] = {
-    ACTIVATIONS[nn.Tanh]: np.tanh,
-    ACTIVATIONS[nn.ReLU]: lambda z: np.maximum(z, 0),
-}
 
 
-def make_actor(module: TorchRLModule, device: Any, explore: bool) -> Actor:
-    """The quickest actor for a module: one in numpy for RLlib's default networks on vectors, else the module itself.
-
-    The actor in numpy copies the module's present weights, so that a new one is due after they have changed.
+def make_actor(
+    module: TorchRLModule, device: Any, explore: bool, kernels: Kernels | None, num_envs: int, before: Any = None
+) -> Actor:
+    """The quickest actor for a module: recorded for RLlib's default networks on vectors.
 
     Args:
         module: The module.
-        device: Where its input belongs.
-        explore: Whether actions are drawn, or the most likely ones.
+        device: Where it is.
+        explore: Whether actions are drawn.
+        kernels: Compiled functions, if there are any.
+        num_envs: Environments that act together.
+        before: What this function returned last time, to be used again if it still fits.
     """
-    by_hand = _PerceptronActor.of(module) if explore else None
-    return by_hand or _ModuleActor(module, device, explore)
+    if isinstance(before, _RecordedActor) and explore and before.is_of(module, num_envs):
+        return before
+    recorded = None if kernels is None or not explore else _RecordedActor.of(module, kernels, num_envs)
+    return recorded or _ModuleActor(module, device, explore)
 
 
 class _ModuleActor:
@@ -82,59 +87,85 @@ class _ModuleActor:
         return {name: x if name == Columns.STATE_OUT else x[:, 0] for name, x in outputs.items()}
 
 
-class _PerceptronActor:
+class _RecordedActor:
     """Exploring with RLlib's default networks for vectors: a perceptron with categorical or Gaussian actions.
 
-    A vector of environments makes batches so small that dispatching an operation costs more than computing it; numpy
-    needs a third of torch's time, and takes no part in its threads' contest for the cores.
+    A vector of environments makes batches so small that dispatching an operation costs more than computing it: the
+    operations are recorded once and replayed (:mod:`blpo_rllib.core.recording`). Random numbers are torch's, drawn as
+    its own distributions draw them.
     """
 
-    def __init__(self, layers: list[tuple[np.ndarray, np.ndarray]], activations: list[Any], head: Any, draw: Any):
-        self._layers, self._activations, self._draw = layers, activations, draw
-        self._clip = float(head.log_std_clip_param_const) if head.clip_log_std else None
+    def __init__(self, module: TorchRLModule, mlp: MLP, kernels: Kernels, num_envs: int):
+        self._module, self._num_envs = weakref.ref(module), num_envs
+        head = module.pi
         log_std = getattr(head, "log_std", None)
-        self._log_std = None if log_std is None else self._clipped(log_std.detach().numpy())
+        self._parameters = [*mlp.parameters, *([] if log_std is None else [log_std])]
+        self._addresses = self._present_addresses()
+        self._categorical = module.get_exploration_action_dist_cls() is TorchCategorical
+        clip = float(head.log_std_clip_param_const) if head.clip_log_std else float("inf")
+        draw = _draw_categorical if self._categorical else _draw_gaussian
+
+        def act(obs: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+            outputs = forward_pass(mlp, obs, kernels).output.T
+            inputs = _distribution_inputs(outputs, log_std, clip, not self._categorical).contiguous()
+            actions, logp = draw(inputs, noise)
+            return inputs, actions, logp, logp.sum()
+
+        size = mlp.sizes[-1] // (1 if self._categorical or log_std is not None else 2)
+        obs, self._noise = torch.zeros(num_envs, mlp.sizes[0]), torch.ones(num_envs, size)
+        with torch.no_grad(), Recorder(kernels, torch.float32, [obs], [*self._parameters, self._noise]) as recorder:
+            outputs = act(obs, self._noise)
+        self._replay = recorder.finish(outputs)
+        assert self._replay.inputs[0] is not None
+        self._obs = self._replay.inputs[0].numpy()
+        self._inputs, self._actions, self._logp, self._total = (x.numpy() for x in self._replay.outputs)
 
     @classmethod
-    def of(cls, module: TorchRLModule) -> _PerceptronActor | None:
+    def of(cls, module: TorchRLModule, kernels: Kernels, num_envs: int) -> _RecordedActor | None:
         """The actor of a module, or None if that is something else than a perceptron on the CPU."""
-        draws = {TorchCategorical: _draw_categorical, TorchDiagGaussian: _draw_gaussian}
-        draw = draws.get(module.get_exploration_action_dist_cls())
         is_default = common_pass(type(module)) is common_pass(DefaultPPOTorchRLModule) and (
             exploration_pass(type(module)) is exploration_pass(TorchRLModule)
         )
-        if draw is None or not is_default:
+        if not is_default or module.get_exploration_action_dist_cls() not in (TorchCategorical, TorchDiagGaussian):
             return None
         if not isinstance(module.encoder, ActorCriticEncoder) or not _is_plain(module):
             return None
         mlp = perceptron(getattr(module.encoder, "actor_encoder", None), module.pi)
-        if mlp is None:
-            return None
-        activations = [_ACTIVATIONS[activation] for activation in mlp.activations]
-        return cls([_transposed(layer) for layer in mlp.layers], activations, module.pi, draw)
+        return None if mlp is None else cls(module, mlp, kernels, num_envs)
+
+    def is_of(self, module: TorchRLModule, num_envs: int) -> bool:
+        """Whether it acts as this module does in so many environments."""
+        same = self._module() is module and self._num_envs == num_envs
+        return same and self._addresses == self._present_addresses()
+
+    def _present_addresses(self) -> list[int]:
+        return [p.data_ptr() for p in self._parameters]
 
     def __call__(self, obs: np.ndarray, timestep: int, state_in: None = None) -> dict[str, Any]:
-        hidden = obs.astype(np.float32, copy=False)
-        for (weight, bias), activation in zip(self._layers, self._activations, strict=False):
-            hidden = activation(hidden @ weight + bias)
-        weight, bias = self._layers[-1]
-        inputs = self._distribution_inputs(hidden @ weight + bias)
-        actions, logp = self._draw(inputs)
-        return {Columns.ACTION_DIST_INPUTS: inputs, Columns.ACTIONS: actions, Columns.ACTION_LOGP: logp}
+        self._obs[...] = obs
+        if self._categorical:
+            self._noise.exponential_()
+        else:
+            self._noise.normal_()
+        self._replay.run()
+        if self._categorical and not math.isfinite(self._total.item()):
+            # It says what is wrong.
+            torch.multinomial(torch.from_numpy(self._inputs).softmax(-1), 1, True)
+        # Copies, because the next step overwrites them; integers as RLlib keeps them.
+        actions = self._actions.astype(np.int32) if self._categorical else self._actions.copy()
+        return {
+            Columns.ACTION_DIST_INPUTS: self._inputs,
+            Columns.ACTIONS: actions,
+            Columns.ACTION_LOGP: self._logp,
+        }
 
-    def _distribution_inputs(self, outputs: np.ndarray) -> np.ndarray:
-        """What RLlib's policy heads make of their perceptron's outputs."""
-        if self._log_std is not None:
-            inputs = np.empty((len(outputs), 2 * outputs.shape[1]), outputs.dtype)
-            inputs[:, : outputs.shape[1]], inputs[:, outputs.shape[1] :] = outputs, self._log_std
-            return inputs
-        if self._clip is None:
-            return outputs
-        mean, log_std = np.split(outputs, 2, -1)
-        return np.concatenate([mean, self._clipped(log_std)], -1)
 
-    def _clipped(self, log_std: np.ndarray) -> np.ndarray:
-        return log_std if self._clip is None else np.clip(log_std, -self._clip, self._clip)
+def _distribution_inputs(outputs: Tensor, log_std: Tensor | None, clip: float, gaussian: bool) -> Tensor:
+    """What RLlib's policy heads make of their perceptron's outputs [n, .]."""
+    if not gaussian or (log_std is None and math.isinf(clip)):
+        return outputs
+    mean, log_std = outputs.chunk(2, -1) if log_std is None else (outputs, log_std.detach().expand_as(outputs))
+    return torch.cat([mean, log_std if math.isinf(clip) else log_std.clamp(-clip, clip)], -1)
 
 
 def _is_plain(module: TorchRLModule) -> bool:
@@ -142,32 +173,25 @@ def _is_plain(module: TorchRLModule) -> bool:
     return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in module.parameters())
 
 
-def _transposed(layer: nn.Linear) -> tuple[np.ndarray, np.ndarray]:
-    return np.ascontiguousarray(layer.weight.detach().numpy().T), layer.bias.detach().numpy().copy()
+def _draw_categorical(logits: Tensor, races: Tensor) -> tuple[Tensor, Tensor]:
+    """Actions int64 [n] and their log-probabilities [n], given exponential numbers [n, a].
+
+    What torch.multinomial does for a single draw: exponential races (Yellott 1977).
+    """
+    logp = logits.log_softmax(-1)
+    actions = (logp.exp() / races).argmax(-1)
+    return actions, logp.gather(-1, actions[:, None])[:, 0]
 
 
-def _draw_categorical(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Actions int32 [n], as RLlib keeps them, and log-probabilities [n]; torch draws, as in its own Categorical."""
-    shifted = logits - logits.max(-1, keepdims=True)
-    weights = np.exp(shifted)
-    total = weights.sum(-1, keepdims=True)
-    probabilities = weights / total
-    if np.isfinite(total).all():
-        # What torch.multinomial does for a single draw, without its checks: exponential races (Yellott 1977).
-        races = torch.empty(probabilities.shape).exponential_().numpy()
-        actions = (probabilities / races).argmax(-1)[:, None]
-    else:
-        actions = torch.multinomial(torch.from_numpy(probabilities), 1, True).numpy()
-    return actions[:, 0].astype(np.int32), (np.take_along_axis(shifted, actions, -1) - np.log(total))[:, 0]
-
-
-def _draw_gaussian(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Actions float32 [n, d] and their log-probabilities [n]; torch draws, as in its own Normal."""
+def _draw_gaussian(inputs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Actions [n, d] and their log-probabilities [n], given standard normal numbers [n, d]."""
     half = inputs.shape[1] // 2
     mean, log_std = inputs[:, :half], inputs[:, half:]
-    std = np.exp(log_std)
-    actions = torch.normal(torch.from_numpy(mean), torch.from_numpy(std)).numpy()
-    return actions, (-0.5 * ((actions - mean) / std) ** 2 - log_std - _HALF_LOG_TWO_PI).sum(-1)
+    std = log_std.exp()
+    actions = mean + std * noise
+    # Of the actions as they were rounded, as the learner takes them.
+    deviations = (actions - mean) / std
+    return actions, (-0.5 * deviations.square() - log_std - _HALF_LOG_TWO_PI).sum(-1)
 
 
 class Normalizer:
@@ -183,14 +207,20 @@ class Normalizer:
             statistics then keep pace with those of all of them, as they do with a single EnvRunner. Left to their own
             observations they lag behind what the policy does, and training with them
             (docs/scaling.md, "Several EnvRunners and a filter").
+        kernels: Compiled functions, if there are any.
     """
 
-    def __init__(self, connector: MeanStdFilter, share: int = 1):
-        (self._stock, self._updates), self._share = running_filter(connector), share
+    def __init__(self, connector: MeanStdFilter, share: int = 1, kernels: Kernels | None = None):
+        (self._stock, self._updates), self._share, self._kernels = running_filter(connector), share, kernels
         self._pending: list[np.ndarray] = []
+        self._count = np.zeros(1)
+        self._in = self._out = np.empty(0)
+        self._normalise: Callable[[], None] | None = None
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         stock = self._stock
+        if self._updates and self._kernels is not None and obs.dtype in (np.float32, np.float64):
+            return self._by_kernel(obs, self._kernels)
         if self._updates:
             mean, variance = push(stock.running_stats, obs, self._share)
             self._pending.append(obs)
@@ -204,6 +234,21 @@ class Normalizer:
         if stock.clip:
             x = np.clip(x, -stock.clip, stock.clip)
         return x.astype(obs.dtype)
+
+    def _by_kernel(self, obs: np.ndarray, kernels: Kernels) -> np.ndarray:
+        stat = self._stock.running_stats
+        if self._normalise is None:
+            self._in, self._out = np.empty_like(obs), np.empty_like(obs)
+            switches = bool(self._stock.demean), bool(self._stock.destd), float(self._stock.clip or 0), SMALL_NUMBER
+            statistics = stat.mean_array, stat.sum_sq_diff_array, self._count, float(self._share)
+            dtype = torch.float32 if obs.dtype == np.float32 else torch.float64
+            shape = len(obs), obs[0].size
+            self._normalise = kernels.prepared("normalise", dtype, self._in, *shape, *statistics, *switches, self._out)
+        self._in[...], self._count[0] = obs, stat.num_pushes
+        self._normalise()
+        stat.num_pushes += self._share * len(obs)
+        self._pending.append(obs)
+        return self._out.copy()
 
     def flush(self) -> None:
         """Brings the statistics for other EnvRunners up to date."""

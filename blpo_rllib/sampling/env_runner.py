@@ -31,7 +31,7 @@ from ray.rllib.connectors.module_to_env import (
 )
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.torch import TorchRLModule
-from ray.rllib.env.env_runner import ENV_STEP_FAILURE, EnvRunner
+from ray.rllib.env.env_runner import ENV_STEP_FAILURE, ENV_STEP_TIMER, EnvRunner
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
@@ -50,8 +50,10 @@ from ray.rllib.utils.spaces.space_utils import batch, unbatch
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from ray.rllib.utils.typing import EnvCreator
 
+from blpo_rllib.core import native
+from blpo_rllib.core.native import Kernels
 from blpo_rllib.rllib_private import is_multi_agent, note_steps, registered_env
-from blpo_rllib.sampling.acting import Normalizer, bound_actions, make_actor
+from blpo_rllib.sampling.acting import Actor, Normalizer, bound_actions, make_actor
 from blpo_rllib.sampling.envpool import EnvPoolCreator, envpool_task
 from blpo_rllib.sampling.process_env import ProcessEnvCreator
 
@@ -73,6 +75,13 @@ _MODULE_TO_ENV = [
     NormalizeAndClipActions,
     ListifyDataForVectorEnv,
 ]
+# Of a vector step's parts, in their order.
+_TIMERS = (
+    RLMODULE_INFERENCE_TIMER,
+    (MODULE_TO_ENV_CONNECTOR, CONNECTOR_PIPELINE_TIMER),
+    ENV_STEP_TIMER,
+    (ENV_TO_MODULE_CONNECTOR, CONNECTOR_PIPELINE_TIMER),
+)
 _ACTION_SPACES = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
 
 
@@ -99,6 +108,8 @@ class BatchedEnvRunner(SingleAgentEnvRunner):
     @override(SingleAgentEnvRunner)
     def __init__(self, *, config: AlgorithmConfig, **kwargs: Any):
         self._probed: Any = None
+        # Recorded operations outlive a `sample()` call.
+        self._actor: Any = None
         self._nested_outputs: list[str] = []
         self._logged_obstacles: set[str] = set()
         super().__init__(config=config, **kwargs)
@@ -162,9 +173,37 @@ class BatchedEnvRunner(SingleAgentEnvRunner):
         # Whoever asks for an obstacle must not change what is sampled next.
         devices = [self._device] if torch.device(self._device).type == "cuda" else []
         with torch.random.fork_rng(devices):
-            columns = make_actor(self.module, self._device, True)(obs, 0, self._initial_states())
+            columns = self._make_actor(True)(obs, 0, self._initial_states())
         leaves = {name: tree.flatten(x) if name == Columns.STATE_OUT else [x] for name, x in columns.items()}
         return [name for name, xs in leaves.items() if any(np.shape(x)[:1] != (self.num_envs,) for x in xs)]
+
+    @property
+    def _kernels(self) -> Kernels | None:
+        return native.load() if getattr(self.config, "native_kernels", True) else None
+
+    def _make_actor(self, explore: bool) -> Actor:
+        actor = make_actor(self.module, self._device, explore, self._kernels, self.num_envs, self._actor)
+        if explore:
+            self._actor = actor
+        return actor
+
+    def _step_envs(self, actions: Any) -> Any:
+        """What ``_try_env_step`` does, but for its metrics, which :meth:`_Rollout.log` logs once for all steps."""
+        if type(self)._try_env_step is not EnvRunner._try_env_step:
+            return self._try_env_step(actions)
+        try:
+            return self.env.step(actions)
+        except Exception as error:
+            return self._after_failure(error)
+
+    def _after_failure(self, error: Exception) -> Any:
+        """RLlib's way to go on after environments raised an error."""
+        env, self.env = self.env, _Failed(self.env, error)
+        try:
+            return self._try_env_step(None)
+        finally:
+            if isinstance(self.env, _Failed):
+                self.env = env
 
     def _initial_states(self) -> Any:
         """The states of a recurrent module at the starts of episodes, [n, ...]; None if it is not recurrent."""
@@ -268,6 +307,19 @@ class BatchedEnvRunner(SingleAgentEnvRunner):
             logger.info("sampling goes environment by environment (slower), because %s", obstacle)
 
 
+class _Failed:
+    """Environments whose step raises what it has raised already."""
+
+    def __init__(self, env: Any, error: Exception):
+        self._env, self._error = env, error
+
+    def step(self, actions: Any) -> Any:
+        raise self._error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
+
+
 def _is_filter(connector: Any) -> bool:
     return type(connector) is MeanStdFilter and not is_multi_agent(connector)
 
@@ -316,15 +368,18 @@ class _Rollout:
     def __init__(self, runner: BatchedEnvRunner, explore: bool):
         self.done: list[SingleAgentEpisode] = []
         self._runner, self._explore = runner, explore
-        self._actor = make_actor(runner.module, runner._device, explore)
+        self._actor = runner._make_actor(explore)
         self._initial_states = runner._initial_states()
         first = runner._env_to_module.connectors[0]
         self._filter: MeanStdFilter | None = first if _is_filter(first) else None
         share = runner.config.num_env_runners if runner.worker_index else 1
-        self._normalizer = None if self._filter is None else Normalizer(self._filter, max(1, share))
+        self._normalizer = None
+        if self._filter is not None:
+            self._normalizer = Normalizer(self._filter, max(1, share), runner._kernels)
         self._bounds = runner._module_to_env.connectors[_MODULE_TO_ENV.index(NormalizeAndClipActions)]
         self._keep_lists = runner._overrides("on_episode_end")
-        self._seconds = {"actor": 0.0, "filter": 0.0, "bounds": 0.0}
+        # Of the actor, the bounds, the environments and the filter.
+        self._seconds = [0.0, 0.0, 0.0, 0.0]
         self._total_length = 0
         self._begin()
 
@@ -340,6 +395,7 @@ class _Rollout:
             self._states = convert_to_numpy(runner._cached_to_module[Columns.STATE_IN])
         # With gymnasium's next-step autoreset an episode that is over waits for its environment's next step.
         self._over = np.array([not episode.is_reset for episode in self._episodes])
+        self._num_over = int(np.count_nonzero(self._over))
         # Where in the rows each environment's present episode starts.
         self._start = [0] * runner.num_envs
         self._rows: dict[str, _Rows | _NestedRows] = {}
@@ -369,7 +425,7 @@ class _Rollout:
         if for_env is None:
             for_env = bound_actions(self._bounds, actions, runner.env.single_action_space)
         bounded = time.perf_counter()
-        results = runner._try_env_step(for_env)
+        results = runner._step_envs(for_env)
         if results is ENV_STEP_FAILURE:
             runner._reset_envs_and_episodes(self._explore)
             self._begin()
@@ -378,12 +434,11 @@ class _Rollout:
         stepped = time.perf_counter()
         self._obs = obs if self._normalizer is None else self._normalizer(obs)
         filtered = time.perf_counter()
-        for name, seconds in (
-            ("actor", acted - started),
-            ("bounds", bounded - acted),
-            ("filter", filtered - stepped),
-        ):
-            self._seconds[name] += seconds
+        seconds = self._seconds
+        seconds[0] += acted - started
+        seconds[1] += bounded - acted
+        seconds[2] += stepped - bounded
+        seconds[3] += filtered - stepped
         if self._states is not None:
             self._states = columns[Columns.STATE_OUT]
         self._append(
@@ -416,19 +471,20 @@ class _Rollout:
 
     def _follow_episodes(self, terminated: np.ndarray, truncated: np.ndarray, max_episodes: int | None) -> None:
         """Counts steps, begins episodes where environments were reset, and ends those that are over."""
-        was_over, self._over = self._over, (terminated | truncated) & ~self._over
-        if not was_over.any():
-            self.num_steps += len(was_over)
-        else:
-            self.num_steps += int((~was_over).sum())
+        ends, was_over, num_over = terminated | truncated, self._over, self._num_over
+        self.num_steps += len(was_over) - num_over
+        # Numpy's other ways to find that there is nothing to do take several times as long.
+        if not num_over and not np.count_nonzero(ends):
+            self._total_length += len(was_over) * len(self._times) - sum(self._start)
+            return
+        self._over = ends & ~was_over
+        self._num_over = int(np.count_nonzero(self._over))
+        if num_over:
             for env_index in np.flatnonzero(was_over).tolist():
                 self._add_reset(env_index)
             self._begin_states(was_over)
         self._total_length += len(was_over) * len(self._times) - sum(self._start)
-        events = self._over | was_over
-        if not events.any():
-            return
-        for env_index in np.flatnonzero(events).tolist():
+        for env_index in np.flatnonzero(self._over | was_over).tolist():
             if was_over[env_index]:
                 self._runner._make_on_episode_callback("on_episode_start", env_index, self._episodes)
                 continue
@@ -505,9 +561,9 @@ class _Rollout:
     def log(self) -> None:
         """Logs what RLlib's loop logs at each step: here, once, the mean over the steps."""
         metrics, num_steps = self._runner.metrics, max(1, len(self._times))
-        metrics.log_value(RLMODULE_INFERENCE_TIMER, self._seconds["actor"] / num_steps)
-        for pipeline, name in ((ENV_TO_MODULE_CONNECTOR, "filter"), (MODULE_TO_ENV_CONNECTOR, "bounds")):
-            metrics.log_value((pipeline, CONNECTOR_PIPELINE_TIMER), self._seconds[name] / num_steps)
+        for key, seconds in zip(_TIMERS, self._seconds, strict=True):
+            metrics.log_value(key, seconds / num_steps)
+        self._runner._log_env_steps(metric=self._runner._metrics_num_try_env_step, num_steps=num_steps)
         for key in (ENV_TO_MODULE_SUM_EPISODES_LENGTH_IN, ENV_TO_MODULE_SUM_EPISODES_LENGTH_OUT):
             metrics.log_value(key, self._total_length / num_steps)
 

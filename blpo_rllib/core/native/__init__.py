@@ -116,6 +116,16 @@ class Kernels:
         if self.listener is not None:
             self.listener(name, args)
 
+    def prepared(self, name: str, dtype: torch.dtype, *args: Argument) -> Callable[[], None]:
+        """A call on one thread with these arguments, whose arrays may change in place, to be made many times."""
+        words, alive = pack(args, Tensor.data_ptr)
+        function, start, call = self.address(name, dtype), ctypes.addressof(words), self._call
+
+        def run(_alive: Any = (words, alive)) -> None:
+            call(function, start, 1)
+
+        return run
+
     def run(self, calls: int, count: int, num_threads: int, round_: int, repetitions: int) -> None:
         """Runs a list of ``count`` calls, which starts at the address ``calls``: see ``blpo_run`` in ``program.cpp``.
 

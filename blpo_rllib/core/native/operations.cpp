@@ -41,8 +41,7 @@ struct Layout {
 template <class T, class F>
 inline void for_each(T* out, const T* a, const T* b, const T* c, const Layout& layout, T s, T t, int threads, F f) {
   const int64_t outer = layout.sizes[0] * layout.sizes[1], n = layout.sizes[2];
-#pragma omp parallel for num_threads(threads) if (outer * n >= kParallelFrom)
-  for (int64_t row = 0; row < outer; ++row) {
+  const auto run_row = [&](int64_t row) {
     const int64_t i = row / layout.sizes[1], j = row % layout.sizes[1];
     T* to = out + layout.at(0, i, j);
     const T* from[3] = {a, b, c};
@@ -56,7 +55,14 @@ inline void for_each(T* out, const T* a, const T* b, const T* c, const Layout& l
         if (from[k]) x[k] = read<T>(from[k] + e * step[k], step[k], n - e);
       write<T>(to + e * write_step, write_step, n - e, f(x[0], x[1], x[2], Vector<T>{} + s, Vector<T>{} + t));
     }
+  };
+  // Entering a parallel region costs more than a small operation, even with a single thread.
+  if (threads == 1 || outer * n < kParallelFrom) {
+    for (int64_t row = 0; row < outer; ++row) run_row(row);
+    return;
   }
+#pragma omp parallel for num_threads(threads)
+  for (int64_t row = 0; row < outer; ++row) run_row(row);
 }
 
 #define POINTWISE(name, expression)                                                                                    \
@@ -262,6 +268,21 @@ void log_softmax(T* out, const T* x, int64_t d, int64_t along, int64_t n, int64_
   }
 }
 BLPO_FUNCTION(log_softmax)
+
+// Where the largest of d numbers `along` apart stands, for each of n places `across` apart; NaN counts as larger.
+template <class T>
+void argmax(int64_t* out, int64_t out_stride, const T* x, int64_t d, int64_t along, int64_t n, int64_t across, int) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T* numbers = x + i * across;
+    int64_t best = 0;
+    for (int64_t k = 1; k < d; ++k) {
+      const T own = numbers[k * along], largest = numbers[best * along];
+      if (own > largest || (own != own && largest == largest)) best = k;
+    }
+    out[i * out_stride] = best;
+  }
+}
+BLPO_FUNCTION(argmax)
 
 // Places that an index picks along one axis, which is `along` apart in x; layout.strides are those of the array that
 // goes along with the index, of the index, and of x without that axis.
