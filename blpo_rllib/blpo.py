@@ -32,8 +32,10 @@ from blpo_rllib.core.advantages import REFRESHES
 from blpo_rllib.core.curvature import CURVATURES, Curvature
 from blpo_rllib.core.hypergradient import CORRECTION_SAMPLES, CROSS_REDUCTIONS
 from blpo_rllib.core.ihvp import IHVPSolver
+from blpo_rllib.learning.direct import direct_weights
 from blpo_rllib.learning.learner import BLPOTorchLearner
 from blpo_rllib.learning.players import RLModulePlayers, check_module_class
+from blpo_rllib.learning.quick_stats import QUICK_STATS
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule, adapted
 from blpo_rllib.learning.separate import separated
 from blpo_rllib.sampling.env_runner import BatchedEnvRunner
@@ -118,6 +120,7 @@ class BLPOConfig(PPOConfig):
         self.correction_sample = "minibatch"
         self.nystrom_rank = 5
         self.nystrom_damping = 50.0
+        self.stats_cls_lookup = QUICK_STATS
         self.native_kernels = True
         self.cuda_graphs = True
         self.separate_shared_trunk: bool | None = None
@@ -780,7 +783,8 @@ class BLPO(PPO):
     @override(PPO)
     def training_step(self) -> None:
         self._check_learners()
-        super().training_step()
+        with direct_weights(self.env_runner_group, self.learner_group):
+            super().training_step()
 
     def _check_learners(self) -> None:
         """RLlib goes on with the learners that are left (ray/rllib/utils/actor_manager.py, healthy_only), and ignores

@@ -34,6 +34,7 @@ __all__ = [
     "exploration_pass",
     "freeze",
     "full_model_config",
+    "give_weights",
     "is_multi_agent",
     "is_updating",
     "learner_actors",
@@ -186,6 +187,11 @@ def learner_actors(group: LearnerGroup) -> FaultTolerantActorManager | None:
 def take_older_weights(worker: Any) -> None:
     """Lets a learner or EnvRunner take weights whatever their number in the sequence."""
     worker._weights_seq_no = 0
+
+
+def give_weights(learner: Learner, runner: Any) -> None:
+    """Notes that an EnvRunner has the weights of a learner's last update."""
+    runner._weights_seq_no = learner._weights_seq_no
 
 
 def full_model_config(spec: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ or of the actor's log-probabilities, with weights written out below.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,6 +74,10 @@ class LeaderLoss:
         """Those that are not left out."""
         named = {"entropy_coeff": self.entropy_coeff, "kl_coeff": self.kl_coeff}
         return {name: x for name, x in named.items() if x is not None}
+
+    def with_coefficients(self, values: Mapping[str, float | Tensor]) -> LeaderLoss:
+        """The same loss with other values of :attr:`coefficients`."""
+        return LeaderLoss(self.clip, values.get("entropy_coeff"), values.get("kl_coeff"))
 
 
 @dataclass(frozen=True)

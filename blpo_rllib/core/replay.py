@@ -97,6 +97,7 @@ class _Plan:
         kernels: Kernels,
     ):
         rows, num_steps, *drawn = (x[0].clone() for x in by_minibatch)
+        own_coordinates = Coordinates(drawn[0], drawn[1] if len(drawn) > 1 else None) if drawn else None
         *own, targets = (x[rows] for x in segments)
         inputs = [*own, targets, rows, num_steps, *drawn]
         # Where the arrays stand, which are others in each epoch.
@@ -114,8 +115,8 @@ class _Plan:
             with torch.no_grad(), recorder:
                 result = update(
                     Minibatch.of(epoch.batch.with_rows(own), targets, num_steps),
-                    Coordinates(*drawn) if drawn else None,
-                    replace(epoch.settings, leader=replace(leader, **self._coefficients)),
+                    own_coordinates,
+                    replace(epoch.settings, leader=leader.with_coefficients(self._coefficients)),
                     self._shared,
                 )
                 for total, x in zip(_tensors(self._sums), _tensors(result.metrics), strict=True):
@@ -146,16 +147,18 @@ class _Plan:
 
 def _by_minibatch(epoch: Epoch) -> list[Tensor]:
     """What differs between minibatches, [number of minibatches, ...]: rows, numbers of steps, coordinates if any."""
-    drawn = [] if not epoch.coordinates else [[x.index for x in epoch.coordinates]]
-    if epoch.coordinates and epoch.coordinates[0].places is not None:
-        drawn.append([x.places for x in epoch.coordinates])
-    return [epoch.rows.contiguous(), epoch.num_steps.contiguous(), *(torch.stack(x) for x in drawn)]
+    own = [epoch.rows.contiguous(), epoch.num_steps.contiguous()]
+    if epoch.coordinates:
+        own.append(torch.stack([x.index for x in epoch.coordinates]))
+    if places := [x.places for x in epoch.coordinates if x.places is not None]:
+        own.append(torch.stack(places))
+    return own
 
 
 def _kind(settings: UpdateSettings) -> UpdateSettings:
     """All that a recording holds of them: not the values of coefficients."""
-    names = dict.fromkeys(settings.leader.coefficients, 0.0)
-    return replace(settings, leader=replace(settings.leader, **names))
+    leader = settings.leader
+    return replace(settings, leader=leader.with_coefficients(dict.fromkeys(leader.coefficients, 0.0)))
 
 
 def _tensors(metrics: MinibatchMetrics) -> list[Tensor]:

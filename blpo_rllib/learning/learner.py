@@ -48,6 +48,7 @@ from blpo_rllib.learning.connectors import (
     RewardScale,
     normalize_rewards,
 )
+from blpo_rllib.learning.direct import run_pipeline
 from blpo_rllib.learning.players import (
     RLModulePlayers,
     batch_of,
@@ -470,9 +471,7 @@ class BLPOTorchLearner(PPOTorchLearner):
         assert self._learner_connector is not None
         shared_data = {MINIBATCH_SIZE: minibatch_size}
         if episodes:
-            return self._learner_connector(
-                rl_module=self.module, batch={}, episodes=episodes, shared_data=shared_data, metrics=self.metrics
-            )
+            return run_pipeline(self._learner_connector, self.module, episodes, shared_data, self.metrics)
         # RLlib's own connectors assume that there is an episode.
         columns: dict[str, Any] = {}
         for connector in self._meeting_connectors:

@@ -102,6 +102,7 @@ class BatchedEnvRunner(SingleAgentEnvRunner):
     out among as many processes (:class:`~blpo_rllib.sampling.process_env.ProcessVectorEnv`).
     """
 
+    env: Any
     _needs_initial_reset: bool
     _seed: int | None
 
