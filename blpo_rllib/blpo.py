@@ -28,6 +28,7 @@ from ray.tune import Checkpoint
 from ray.tune.result import TIME_TOTAL_S, TRAINING_ITERATION
 
 from blpo_rllib import checkpoints, ppo_settings, rllib_private, solver_settings
+from blpo_rllib.core import native
 from blpo_rllib.core.advantages import REFRESHES
 from blpo_rllib.core.curvature import CURVATURES, Curvature
 from blpo_rllib.core.hypergradient import CORRECTION_SAMPLES, CROSS_REDUCTIONS
@@ -727,6 +728,9 @@ class BLPO(PPO):
     @override(PPO)
     def setup(self, config: AlgorithmConfig) -> None:
         self._resumed = False
+        if config.native_kernels:
+            # The learner needs them last of all.
+            native.begin()
         try:
             super().setup(config)
             if self._storage is not None:

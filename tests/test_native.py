@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from problems import compiled_kernels
 
 from blpo_rllib import BLPOConfig
@@ -33,16 +34,27 @@ def test_processes_that_build_at_once_all_get_a_whole_library(cache):
     environment = os.environ | {"XDG_CACHE_HOME": str(cache.parent)}
     builds = [subprocess.Popen([sys.executable, "-c", BUILD], env=environment) for _ in range(2)]
     assert [build.wait(timeout=300) for build in builds] == [0, 0]
-    (library,) = cache.iterdir()
+    (library,) = cache.glob("*.so")
     built = library.stat().st_mtime_ns
-    native.Kernels(library)
+    native.Kernels(lambda dtype: library)
     assert subprocess.run([sys.executable, "-c", BUILD], env=environment, check=False).returncode == 0
     assert library.stat().st_mtime_ns == built, "a library that exists is not built again"
 
 
+def test_what_begins_in_the_background_is_built_once(cache, caplog):
+    compiled_kernels()
+    native.begin()
+    kernels = native.load.__wrapped__()
+    assert kernels is not None
+    assert caplog.text.count("compiling BLPO's CPU kernels") <= 1
+    assert len(list(cache.glob("*.so"))) == 1, "float64 is built where it is needed"
+    assert kernels.address("adam", torch.float64)
+    assert len(list(cache.glob("*.so"))) == 2
+
+
 def test_a_broken_library_is_not_fatal(cache, caplog):
     compiled_kernels()
-    library = native._built()
+    library = native._built(torch.float32)
     library.write_bytes(b"not a library")
     assert native.load.__wrapped__() is None
     assert "could not be built" in caplog.text

@@ -20,6 +20,7 @@ from ray.tune.result import EXPR_RESULT_FILE
 
 from blpo_rllib import checkpoints
 from blpo_rllib.blpo import BLPO, BLPOConfig
+from blpo_rllib.core import native
 from blpo_rllib.experiments import learning_curve, rllib_options
 from blpo_rllib.experiments.faults import Keeper, Signals, Stopper
 from blpo_rllib.experiments.progress import RichReporter
@@ -81,6 +82,8 @@ def run_example(
     _check_options(parser, args)
     if published and args.published_batches:
         config = published()
+    if config.native_kernels:
+        native.begin()
     ray.init(num_cpus=args.num_cpus or None, ignore_reinit_error=True)
     config = rllib_options.configured(config, args).debugging(seed=args.seed)
     if args.no_tune:

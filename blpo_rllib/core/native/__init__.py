@@ -6,7 +6,9 @@ arithmetic. Each function here takes a minibatch through all layers in one call.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -15,7 +17,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,14 +32,15 @@ logger = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
 _SOURCES = sorted(_FOLDER.glob("*.cpp"))
 # -ffp-contract=fast: a multiplication and an addition become one instruction, as in any BLAS.
-_FLAGS = (
+_FLAGS: tuple[str, ...] = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     *("-fopenmp", "-fPIC"),
 )
 # What arrays of slots are padded to: whole vectors of any instruction set, in either precision.
 SLOT_MULTIPLE = 16
-# Precisions that the functions exist in, by the bytes of a number.
+# Precisions that the functions exist in, by the bytes of a number; each has a library of its own.
 DTYPES = {torch.float32: 4, torch.float64: 8}
+_NUMBERS = {torch.float32: "float", torch.float64: "double"}
 
 # An argument of a function: numbers, arrays, a perceptron, or None for an array that is left out.
 Argument = Any
@@ -77,20 +81,19 @@ class Kernels:
     """The functions of the C++ files, by name.
 
     Args:
-        library: The shared library.
+        library: Gives the shared library of a precision; that of float64 when it is first needed.
 
     Attributes:
         listener: Is told of each call while something records them.
 
     Raises:
-        OSError: If the library cannot be loaded.
+        OSError: If a library cannot be loaded.
     """
 
-    def __init__(self, library: Path):
-        # OpenMP's symbols are found in the runtime that torch has loaded: a second one would fight it for the cores.
-        functions = ctypes.CDLL(str(library))
-        self._find, self._call, self._run = functions.blpo_function, functions.blpo_call, functions.blpo_run
-        self._find.argtypes, self._find.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_void_p
+    def __init__(self, library: Callable[[torch.dtype], Path]):
+        self._library, self._libraries = library, dict[torch.dtype, Any]()
+        functions = self._functions(torch.float32)
+        self._call, self._run = functions.blpo_call, functions.blpo_run
         for function in (self._call, self._run):
             function.restype = None
         self._call.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
@@ -98,11 +101,19 @@ class Kernels:
         self._addresses: dict[tuple[str, torch.dtype], int] = {}
         self.listener: Callable[[str, Sequence[Argument]], None] | None = None
 
+    def _functions(self, dtype: torch.dtype) -> Any:
+        found = self._libraries.get(dtype)
+        if found is None:
+            # OpenMP's symbols are found in the runtime that torch has loaded: two would fight for the cores.
+            found = self._libraries[dtype] = ctypes.CDLL(str(self._library(dtype)))
+            found.blpo_function.argtypes, found.blpo_function.restype = [ctypes.c_char_p], ctypes.c_void_p
+        return found
+
     def address(self, name: str, dtype: torch.dtype) -> int:
         """Where a function starts."""
         found = self._addresses.get((name, dtype))
         if found is None:
-            found = self._find(name.encode(), DTYPES[dtype])
+            found = self._functions(dtype).blpo_function(name.encode())
             if found is None:
                 raise ValueError(f"no C++ file has a function {name!r}")
             self._addresses[name, dtype] = found
@@ -172,7 +183,7 @@ def _bits(number: float) -> int:
 def load() -> Kernels | None:
     """The kernels, built if this machine has none yet; None, with one warning, if that cannot be done."""
     try:
-        return Kernels(_built())
+        return Kernels(_built)
     except (OSError, subprocess.CalledProcessError) as error:
         detail = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         logger.warning(
@@ -183,24 +194,51 @@ def load() -> Kernels | None:
         return None
 
 
-def _built() -> Path:
+def begin() -> None:
+    """Starts to build what :func:`load` would wait for, if need be, while the caller goes on with something else."""
+
+    def build() -> None:
+        # Whoever needs the library meets the same error, and reports it.
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            _built(torch.float32)
+
+    threading.Thread(target=build, daemon=True).start()
+
+
+def _built(dtype: torch.dtype) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise FileNotFoundError(f"no C++ compiler: {os.environ.get('CXX', 'g++')!r} is not on the PATH")
-    library = _cache() / f"kernels-{_fingerprint(compiler)}.so"
-    if not library.exists():
-        logger.warning("compiling BLPO's CPU kernels, once for this machine: half a minute or less on an idle one")
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            built = Path(folder) / library.name
-            objects = [Path(folder) / f"{source.stem}.o" for source in _SOURCES]
-            with ThreadPoolExecutor() as pool:
-                compilations = zip(_SOURCES, objects, strict=True)
-                list(pool.map(lambda pair: _compile(compiler, "-c", pair[0], "-o", pair[1]), compilations))
-            _compile(compiler, "-shared", *objects, "-o", built)
-            # Whole or not at all, whoever else builds at the same time.
-            os.replace(built, library)
+    library = _cache() / f"kernels-{_fingerprint(compiler)}-{_NUMBERS[dtype]}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(library.with_suffix(".lock")):
+        if not library.exists():
+            logger.warning("compiling BLPO's CPU kernels, once for this machine, while the rest is set up")
+            _build(compiler, library, f"-DBLPO_NUMBER={_NUMBERS[dtype]}")
     return library
+
+
+def _build(compiler: str, library: Path, definition: str) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        built = Path(folder) / library.name
+        objects = [Path(folder) / f"{source.stem}.o" for source in _SOURCES]
+        with ThreadPoolExecutor() as pool:
+            compilations = zip(_SOURCES, objects, strict=True)
+            list(pool.map(lambda pair: _compile(compiler, definition, "-c", pair[0], "-o", pair[1]), compilations))
+        _compile(compiler, "-shared", *objects, "-o", built)
+        # Whole or not at all, whoever else builds at the same time.
+        os.replace(built, library)
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Waits for other processes and threads that build the same; file systems without locks let all of them build."""
+    with lock.open("w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _compile(compiler: str, *arguments: str | Path) -> None:

@@ -42,14 +42,14 @@ void adam(T* parameters, const T* gradient, T* first, T* second, int64_t n, floa
   if (!std::isfinite(norm)) return;
   *step += 1;
   const T scale = max_norm >= 0 && norm > max_norm ? max_norm / norm : 1;
-  const T rate = lr / (1 - std::pow(beta1, *step)), correction = std::sqrt(1 - std::pow(beta2, *step));
+  const T rate = lr / (1 - std::pow(beta1, *step)), correction = 1 / std::sqrt(1 - std::pow(beta2, *step));
   const T keep1 = beta1, take1 = 1 - beta1, keep2 = beta2, take2 = 1 - beta2, eps = epsilon;
 #pragma omp parallel for simd num_threads(threads) if (parallel : n > kBlock) schedule(static)
   for (int64_t i = 0; i < n; ++i) {
     const T g = scale * gradient[i];
     first[i] = keep1 * first[i] + take1 * g;
     second[i] = keep2 * second[i] + take2 * g * g;
-    parameters[i] -= rate * first[i] / (std::sqrt(second[i]) / correction + eps);
+    parameters[i] -= rate * first[i] / (std::sqrt(second[i]) * correction + eps);
   }
 }
 

@@ -15,7 +15,7 @@ using Function = void (*)(const Word* arguments, int threads);
 
 // Makes a function known; see blpo_function in program.cpp.
 struct Registration {
-  Registration(const char* name, Function in_float32, Function in_float64);
+  Registration(const char* name, Function function);
 };
 
 template <class A>
@@ -44,6 +44,6 @@ struct Adapter<function> {
   static void call(const Word* words, int threads) { run(words, threads, std::index_sequence_for<A...>()); }
 };
 
-// BLPO_FUNCTION(name): template <class T> void name(..., int threads) can be called from Python.
-#define BLPO_FUNCTION(name) \
-  const Registration name##_registration(#name, Adapter<&name<float>>::call, Adapter<&name<double>>::call);
+// BLPO_FUNCTION(name): template <class T> void name(..., int threads) can be called from Python. Each library is of one
+// precision: BLPO_NUMBER is float or double.
+#define BLPO_FUNCTION(name) const Registration name##_registration(#name, Adapter<&name<BLPO_NUMBER>>::call);

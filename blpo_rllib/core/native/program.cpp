@@ -10,7 +10,7 @@ namespace {
 
 struct Entry {
   const char* name;
-  Function in_float32, in_float64;
+  Function function;
 };
 std::vector<Entry>& entries() {
   static std::vector<Entry> all;
@@ -19,16 +19,14 @@ std::vector<Entry>& entries() {
 
 }  // namespace
 
-Registration::Registration(const char* name, Function in_float32, Function in_float64) {
-  entries().push_back({name, in_float32, in_float64});
-}
+Registration::Registration(const char* name, Function function) { entries().push_back({name, function}); }
 
 extern "C" {
 
-// The function of this name for numbers of 4 or 8 bytes, or null.
-Function blpo_function(const char* name, int64_t bytes) {
+// The function of this name, or null.
+Function blpo_function(const char* name) {
   for (const Entry& entry : entries())
-    if (std::strcmp(entry.name, name) == 0) return bytes == 4 ? entry.in_float32 : entry.in_float64;
+    if (std::strcmp(entry.name, name) == 0) return entry.function;
   return nullptr;
 }
 
