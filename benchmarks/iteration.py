@@ -104,14 +104,15 @@ def contestants(task: Task, seed: int) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Seconds spent in sampling, in the learner's connectors and in its update, for one algorithm."""
+    """Seconds spent in sampling, thereof in the environments, in the learner's connectors and in its update."""
 
     def __init__(self, algo: Any):
         self.seconds: dict[str, float] = defaultdict(float)
         learner = algo.learner_group._learner
         algo.env_runner.sample = self._timed("sampling", algo.env_runner.sample)
+        algo.env_runner.env.step = self._timed("environments", algo.env_runner.env.step)
         # BLPO's learner and RLlib's name differently what turns episodes into a train batch.
-        name = "build_train_batch" if isinstance(learner, BLPOTorchLearner) else "_make_batch_if_necessary"
+        name = "_create_iterator_if_necessary" if isinstance(learner, BLPOTorchLearner) else "_make_batch_if_necessary"
         setattr(learner, name, self._timed("connectors", getattr(learner, name)))
         learner.update = self._timed("learner", learner.update)
 
@@ -126,9 +127,10 @@ class Stopwatch:
         return call
 
     def shares(self, total: float) -> dict[str, float]:
-        """Of ``total`` seconds; what is neither sampling nor learning is RLlib's own around them."""
+        """Of ``total`` seconds; sampling without its environments, and RLlib's own around sampling and learning."""
         phases = {
-            "sampling": self.seconds["sampling"],
+            "environments": self.seconds["environments"],
+            "sampling": self.seconds["sampling"] - self.seconds["environments"],
             "connectors": self.seconds["connectors"],
             "update": self.seconds["learner"] - self.seconds["connectors"],
             "rest": total - self.seconds["sampling"] - self.seconds["learner"],

@@ -18,6 +18,7 @@ from ray.air.util.node import _force_on_current_node as on_current_node
 from ray.rllib.connectors.env_to_module import MeanStdFilter
 from ray.rllib.core.learner.learner import Learner
 from ray.rllib.core.learner.learner_group import LearnerGroup
+from ray.rllib.env.env_runner import EnvRunner
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 from ray.train._internal.session import _TrainingResult as TrainingResult
 from ray.tune.registry import ENV_CREATOR, _global_registry
@@ -45,6 +46,7 @@ __all__ = [
     "registered_env",
     "running_filter",
     "set_updating",
+    "steps_as_rllib",
     "take_older_weights",
     "training_pass",
     "wandb_queue_items",
@@ -132,6 +134,10 @@ NAMES = (
     PrivateName(
         "_try_env_step", "ray.rllib.env.env_runner:EnvRunner", "a step, or a restart of environments that fail"
     ),
+    PrivateName("_metrics_num_try_env_step", "ray.rllib.env.env_runner:EnvRunner", "metrics of steps"),
+    PrivateName(
+        "_quiet_nanmean", "ray.rllib.utils.metrics.stats.ema:EmaStats", "replaced: the mean of one number is the number"
+    ),
     PrivateName("_seed", "ray.rllib.env.env_runner:EnvRunner", "an evaluation's own starts of episodes"),
     PrivateName("_update", _LEARNER, "replaced: BLPO's update in place of a loss and its gradients"),
     PrivateName("_create_iterator_if_necessary", _LEARNER, "replaced: a batch of segments is not cut into minibatches"),
@@ -192,6 +198,11 @@ def take_older_weights(worker: Any) -> None:
 def give_weights(learner: Learner, runner: Any) -> None:
     """Notes that an EnvRunner has the weights of a learner's last update."""
     runner._weights_seq_no = learner._weights_seq_no
+
+
+def steps_as_rllib(runner: Any) -> bool:
+    """Whether an EnvRunner's class leaves it to RLlib what happens around a step of its environments."""
+    return type(runner)._try_env_step is EnvRunner._try_env_step
 
 
 def full_model_config(spec: Any) -> dict[str, Any]:

@@ -52,7 +52,7 @@ from ray.rllib.utils.typing import EnvCreator
 
 from blpo_rllib.core import native
 from blpo_rllib.core.native import Kernels
-from blpo_rllib.rllib_private import is_multi_agent, note_steps, registered_env
+from blpo_rllib.rllib_private import is_multi_agent, note_steps, registered_env, steps_as_rllib
 from blpo_rllib.sampling.acting import Actor, Normalizer, bound_actions, make_actor
 from blpo_rllib.sampling.envpool import EnvPoolCreator, envpool_task
 from blpo_rllib.sampling.process_env import ProcessEnvCreator
@@ -190,7 +190,7 @@ class BatchedEnvRunner(SingleAgentEnvRunner):
 
     def _step_envs(self, actions: Any) -> Any:
         """What ``_try_env_step`` does, but for its metrics, which :meth:`_Rollout.log` logs once for all steps."""
-        if type(self)._try_env_step is not EnvRunner._try_env_step:
+        if not steps_as_rllib(self):
             return self._try_env_step(actions)
         try:
             return self.env.step(actions)
