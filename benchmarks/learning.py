@@ -3,7 +3,7 @@
     python -m benchmarks.learning --task cartpole --steps 500000 --seeds 3 --output learning_cartpole.json
 
 Settings, evaluations and seeds are those of ``studies/comparison``; each run is on one thread, one after the other. Of
-the kept runs, evaluations up to the same number of steps are shown.
+the kept runs as many evaluations are shown, which are at the same places.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ def main() -> None:
     kept = kept[(kept.task == args.task) & (kept.algorithm == "blpo")]
     results = {}
     for seed in range(args.seeds):
-        before = kept[(kept.seed == seed) & (kept.env_steps <= 1.05 * args.steps)]
+        now = run(args.task, seed, args.steps)
+        before = kept[kept.seed == seed].sort_values("env_steps").head(len(now))
         results[seed] = {
-            "now": run(args.task, seed, args.steps),
+            "now": now,
             "kept": before[["env_steps", "evaluation_return", "training_return"]].to_dict("records"),
         }
         report = {**provenance(), "task": args.task, "steps": args.steps, "results": results}
