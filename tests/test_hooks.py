@@ -323,6 +323,8 @@ class SharedTrunk(TorchRLModule, ValueFunctionAPI):
     def setup(self):
         self.trunk = torch.nn.Linear(OBS_SIZE, self.model_config.get("size", 6))
         self.policy, self.values = torch.nn.Linear(6, 2), torch.nn.Linear(6, 1)
+        # Some modules keep tensors of their last pass, which have a graph and cannot be copied deeply.
+        self.last = torch.tanh(self.trunk.weight)
 
     def _forward(self, batch, **kwargs):
         return {Columns.ACTION_DIST_INPUTS: self.policy(torch.tanh(self.trunk(batch[Columns.OBS])))}

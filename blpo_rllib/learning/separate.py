@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import Any
 
@@ -36,14 +35,18 @@ class SeparatePlayersModule(TorchRLModule, ValueFunctionAPI):
     def setup(self) -> None:
         model_config = {k: v for k, v in self.model_config.items() if k not in (_CLASS, _CATALOG_CLASS)}
         module_class: type[RLModule] = self.model_config[_CLASS]
-        self.actor = module_class(
-            observation_space=self.observation_space,
-            action_space=self.action_space,
-            inference_only=False,
-            model_config=model_config,
-            catalog_class=self.model_config[_CATALOG_CLASS],
+        self.actor, self.critic = (
+            module_class(
+                observation_space=self.observation_space,
+                action_space=self.action_space,
+                inference_only=False,
+                model_config=model_config,
+                catalog_class=self.model_config[_CATALOG_CLASS],
+            )
+            for _ in range(2)
         )
-        self.critic = copy.deepcopy(self.actor)
+        # Not a deep copy: modules may keep tensors of their last pass, which cannot be copied.
+        self.critic.load_state_dict(self.actor.state_dict())
 
     @override(RLModule)
     def get_initial_state(self) -> dict[str, Any]:
