@@ -109,9 +109,9 @@ inline Vector<float> tanh_of(Vector<float> z) {
   q = q * s + 2.26843463243900e-03f;
   q = q * s + 4.89352518554385e-03f;
   const Vector<float> h = quotient(y * p, q);
-  // Never beyond 1, where slopes would be negative.
-  const Vector<float> bounded = h > 1.0f ? Vector<float>{} + 1.0f : h;
-  return bounded < -1.0f ? Vector<float>{} - 1.0f : bounded;
+  // Never beyond 1, where slopes would be negative; saturated units are exactly 1 and have none.
+  const Vector<float> bounded = (h > 1.0f) | (z >= most) ? Vector<float>{} + 1.0f : h;
+  return (bounded < -1.0f) | (z <= -most) ? Vector<float>{} - 1.0f : bounded;
 }
 inline Vector<double> tanh_of(Vector<double> z) {
   for (int i = 0; i < kLanes<double>; ++i) z[i] = std::tanh(z[i]);
