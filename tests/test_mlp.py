@@ -32,13 +32,14 @@ def check(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_critic_products(players_and_obs):
-    players, by_hand, obs = players_and_obs
+def check_critic_products(by_hand, players, obs):
+    """The critic's products by hand against those by automatic differentiation, in all coordinates."""
     automatic, manual = players.critic(obs), by_hand.critic(obs)
     n, p = len(obs), automatic.num_parameters
     assert manual.num_parameters == p
     u, a, x = torch.randn(n, dtype=FLOAT64), torch.rand(n, dtype=FLOAT64), torch.randn(p, dtype=FLOAT64)
     check(manual.values, automatic.values)
+    check(manual.gradient(u), automatic.gradient(u))
     check(manual.vjp(u), automatic.vjp(u))
     check(manual.vjp(torch.stack([u, a])), automatic.vjp(torch.stack([u, a])))
     check(manual.jvp(x), automatic.jvp(x))
@@ -47,6 +48,11 @@ def test_critic_products(players_and_obs):
     mine, theirs = by_hand.coordinates(everything), players.coordinates(everything)
     check(manual.second_order_rows(mine, u, a), automatic.second_order_rows(theirs, u, a))
     check(manual.jacobian_columns(mine), automatic.jacobian_columns(theirs))
+
+
+def test_critic_products(players_and_obs):
+    players, by_hand, obs = players_and_obs
+    check_critic_products(by_hand, players, obs)
 
 
 def test_actor_gradient(players_and_obs):

@@ -156,7 +156,7 @@ class BLPOTorchLearner(PPOTorchLearner):
                 module_id,
                 type(module.actor).__name__,
             )
-        players = RLModulePlayers(module, module_id, kernels=self.kernels, log_std_lr_factor=config.log_std_lr_factor)
+        players = self._make_players(module_id, config)
         solver = copy.deepcopy(config.get_ihvp_solver())
         if solver is not None:
             solver.check_size(sum(p.numel() for p in players.critic_parameters))
@@ -226,18 +226,17 @@ class BLPOTorchLearner(PPOTorchLearner):
         """The actor and the critic of a module, with the parameters that are trainable now."""
         return self._players[module_id]
 
+    def _make_players(self, module_id: str, config: Any) -> RLModulePlayers:
+        module = self._module[module_id].unwrapped()
+        return RLModulePlayers(module, module_id, kernels=self.kernels, log_std_lr_factor=config.log_std_lr_factor)
+
     def _follow_freezing(self, module_id: str) -> None:
         """Makes new players where parameters were frozen or unfrozen (``requires_grad``) since the last update."""
         players = self._players[module_id]
         if players.are_current():
             return
         config = self.config.get_config_for_module(module_id)
-        new = RLModulePlayers(
-            self._module[module_id].unwrapped(),
-            module_id,
-            kernels=self.kernels,
-            log_std_lr_factor=config.log_std_lr_factor,
-        )
+        new = self._make_players(module_id, config)
         update = self._bilevel_updates[module_id]
         if list(map(id, new.critic_parameters)) != list(map(id, players.critic_parameters)):
             solver = config.get_ihvp_solver()
