@@ -32,6 +32,7 @@ from blpo_rllib import BLPOConfig
 from blpo_rllib.experiments.provenance import provenance
 from blpo_rllib.learning.learner import BLPOTorchLearner
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG
+from blpo_rllib.tasks import as_ppo
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def configure(config, shape: Shape, device: str, **training):
     )
 
 
-def learners(shape: Shape, rank: int, device: str) -> dict:
-    """The learners to compare, by name; on a GPU BLPO also without its graphs."""
+def learners(shape: Shape, rank: int, device: str, own_ppo: bool = False) -> dict:
+    """The learners to compare, by name; on a GPU BLPO also without its graphs, and PPO by BLPO's update on demand."""
     nested = {"num_critic_updates": shape.num_critic_updates, "segment_length": shape.segment_length}
     ppo = {"use_kl_loss": False, "lr": 3e-4, "gamma": 0.99, "lambda_": 0.95, "clip_param": 0.2}
     configs = {
@@ -110,6 +111,8 @@ def learners(shape: Shape, rank: int, device: str) -> dict:
         "nested_ppo": configure(BLPOConfig(), shape, device, hypergradient="none", **nested),
         "blpo": configure(BLPOConfig(), shape, device, nystrom_rank=rank, **nested),
     }
+    if own_ppo:
+        configs["own_ppo"] = as_ppo(configure(BLPOConfig(), shape, device))
     if device == "cuda":
         configs["blpo_eager"] = configs["blpo"].copy(copy_frozen=False).training(cuda_graphs=False)
     return {name: config.build_learner() for name, config in configs.items()}
@@ -183,9 +186,9 @@ def peer(python: str, shape: Shape, rank: int, threads: int, rounds: int) -> dic
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def measure(shape: Shape, rank: int, device: str, rounds: int, warmup: int) -> dict:
+def measure(shape: Shape, rank: int, device: str, rounds: int, warmup: int, own_ppo: bool = False) -> dict:
     """Milliseconds per minibatch by learner, and their ratios to RLlib's PPO learner."""
-    by_name = learners(shape, rank, device)
+    by_name = learners(shape, rank, device, own_ppo)
     batches, first_update, milliseconds = {}, {}, {name: [] for name in by_name}
     for name, learner in by_name.items():
         batches[name] = train_batch(learner, random_episodes(shape, seed=0), shape)
@@ -236,10 +239,14 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=1, help="untimed update phases per learner after the first")
     parser.add_argument("--peer", metavar="PYTHON", help="an interpreter with jax: also time the peer in JAX")
     parser.add_argument("--output", type=Path, help="where to write the results too, as JSON")
+    parser.add_argument("--own-ppo", action="store_true", help="also time PPO by BLPO's update (tasks.as_ppo)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     before = matrix_product_ms()
-    results = {name: measure(SHAPES[name], args.rank, args.device, args.rounds, args.warmup) for name in args.shapes}
+    results = {
+        name: measure(SHAPES[name], args.rank, args.device, args.rounds, args.warmup, args.own_ppo)
+        for name in args.shapes
+    }
     for name in args.shapes if args.peer else ():
         milliseconds = peer(args.peer, SHAPES[name], args.rank, args.threads, args.rounds)
         results[name]["ms_per_minibatch"] |= {x: round(y, 3) for x, y in milliseconds.items()}

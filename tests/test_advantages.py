@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.utils.postprocessing.value_predictions import compute_value_targets
 from test_hypergradient import actor_of
 from test_learner import config
-from test_update import SETTINGS, make, twins
+from test_update import SETTINGS, make, triplets, twins, weights
 
 from blpo_rllib.core.advantages import AdvantageRule, anchored, full_advantages
 from blpo_rllib.core.hypergradient import Correction, Surrogate, leader_critic_gradient, log_probability_ratio
@@ -20,6 +21,8 @@ from blpo_rllib.core.ihvp import Nystrom
 from blpo_rllib.core.networks import flatten
 from blpo_rllib.core.players import Minibatch
 from blpo_rllib.core.reduction import Reduction
+from blpo_rllib.core.segments import SegmentBatch
+from blpo_rllib.tasks import as_ppo
 
 NONE = Reduction()
 GAMMA, LAMBDA = 0.99, 0.95
@@ -243,3 +246,54 @@ def test_ppo_is_a_special_case():
             optimizer.step()
     for name, p in learner.module["default_policy"].unwrapped().named_parameters():
         torch.testing.assert_close(p, dict(module.named_parameters())[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", range(3), ids=["automatic", "by hand", "kernels"])
+@pytest.mark.parametrize("refresh", ["epoch", "iteration"])
+def test_without_a_correction_kept_advantages_need_no_bootstrap_slots(kind, refresh, monkeypatch):
+    results, rows = [], []
+    for plain in (False, True):
+        torch.manual_seed(0)
+        players = triplets()[kind]
+        batch, start = random_batch(num_segments=4, kernels=players.kernels), weights(players)
+        critic = players.critic
+        monkeypatch.setattr(players, "critic", lambda obs, critic=critic: rows.append(len(obs)) or critic(obs))
+        if plain:
+            monkeypatch.setattr(SegmentBatch, "without_bootstrap", lambda self, targets: (self, targets))
+        settings = replace(SETTINGS, num_epochs=3, advantages=AdvantageRule(refresh, standardize=True))
+        metrics = make(players).run(batch, 2, settings)
+        assert (weights(players) - start).abs().min() > 0
+        # A segment has seven steps and two other slots.
+        assert min(rows) == 2 * (9 if plain else 7)
+        results.append((weights(players), metrics))
+        rows.clear()
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-9, atol=1e-12)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("pixels", [False, True], ids=["vectors", "images"])
+def test_ppo_evaluates_each_step_once_an_epoch(pixels, monkeypatch):
+    """Single steps, as :func:`as_ppo` takes them: before, each brought the observation behind it along."""
+    made, episodes = as_ppo(config(native_kernels=False)), mixed_episodes(np.random.default_rng(5))
+    if pixels:
+        space = gym.spaces.Box(0, 255, (6, 6, 1), np.uint8)
+        model = {"conv_filters": [[2, 3, 2]], "conv_activation": "relu", "head_fcnet_hiddens": [4]}
+        made = made.environment(observation_space=space).rl_module(model_config=model)
+        for e in episodes:
+            shape = len(e) + 1, *space.shape
+            e.observations.data = np.random.default_rng(len(e)).integers(256, size=shape).astype(np.uint8)
+    learner = made.build_learner()
+    batch, num_steps = learner.build_train_batch(episodes, 64, num_epochs=3), sum(map(len, episodes))
+    players, rows = learner._bilevel_updates["default_policy"]._players, {"critic": [], "actor": []}
+    for name, calls in rows.items():
+        own = getattr(players, name)
+        monkeypatch.setattr(
+            players, name, lambda obs, *rest, own=own, calls=calls: calls.append(len(obs)) or own(obs, *rest)
+        )
+    learner.update(batch=batch, timesteps={})
+    # Minibatches of 62.25 steps.
+    num_slots = 3 * 4 * 63
+    assert num_steps == 249
+    assert sum(rows["actor"]) == num_slots
+    # V before the first epoch, of each observation once, and one nested step and the loss after it in each minibatch.
+    assert sum(rows["critic"]) == num_steps + len(episodes) + 2 * num_slots

@@ -283,6 +283,15 @@ def test_plans_agree(seed):
     assert max(plan.num_segments for plan in plans) >= plans[0].num_minibatches
 
 
+def test_single_steps_are_rows_of_their_own():
+    plan = SegmentPlan.of([249], 0, 64, 1)
+    assert (plan.num_segments, plan.num_rows) == (249, 4 * 63)
+    # Two rows would be blank, which might meet in one minibatch.
+    assert SegmentPlan.of([4], 0, 1, 1) == SegmentPlan(4, 4)
+    assert SegmentPlan.of([4], 0, 2, 1).num_segments == 4
+    assert SegmentPlan.of([4, 2], 0, 1, 1).num_segments == 3
+
+
 class DoubleModule(BLPOTorchRLModule):
     """In float64."""
 

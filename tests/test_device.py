@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from blpo_rllib import BLPOConfig
 from blpo_rllib.core import mlp
 from blpo_rllib.core.ihvp import nystrom
-from blpo_rllib.learning.connectors import SEGMENT_CONTINUES, SEGMENT_STEP
+from blpo_rllib.learning.connectors import SEGMENT_CONTINUES, SEGMENT_STEP, BatchSizes
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG
 from blpo_rllib.learning.train_batch import ModuleSegments
 
@@ -96,7 +96,8 @@ def account(change=None, width=128, **settings):
         for num_minibatches in (2, 4):
             before = books.bytes
             books.reset()
-            learner._update({MODULE: ModuleSegments(segments, None, num_minibatches, num_epochs=1)})
+            sizes = BatchSizes(num_minibatches, num_steps=4 * width, num_items=4 * width + 4)
+            learner._update({MODULE: ModuleSegments(segments, None, sizes, num_epochs=1)})
             kernels.append(sum(books.kernels.values()))
             waits.append(books.reads + books.uploads + books.downloads)
         critic = learner._bilevel_updates[MODULE]._players.critic_parameters

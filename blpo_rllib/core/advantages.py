@@ -41,6 +41,11 @@ class AdvantageRule:
     refresh: str = "minibatch"
     standardize: bool = False
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether advantages keep their values while the critic moves."""
+        return self.refresh != "minibatch"
+
     def is_anchored_at(self, epoch: int, whole_rollouts: bool) -> bool:
         """Whether :func:`anchored` is due at the start of this epoch of an iteration."""
         if self.refresh == "iteration":
@@ -54,32 +59,45 @@ class Rollouts:
 
     Attributes:
         index: int64 [M, S]: the item of each slot in the flat batch, in which an extra item ends each episode.
+        slot: int64 [n]: a slot among the M·S that holds the item, for each that some slot holds.
         advantage: D and A of the flat batch, a single row.
     """
 
     index: Tensor
+    slot: Tensor
     advantage: AdvantageOperator
 
     @classmethod
     def of(
-        cls, index: Tensor, step: Tensor, terminated: Tensor, operator: Callable[[Masks], AdvantageOperator]
+        cls,
+        index: Tensor,
+        step: Tensor,
+        terminated: Tensor,
+        num_items: int,
+        operator: Callable[[Masks], AdvantageOperator],
     ) -> Rollouts:
-        """From the items, steps and terminations [M, S] of all segments; ``operator`` makes D and A of masks."""
-        is_step, is_terminated = (_flat(index, x, step > 0) for x in (step, terminated))
+        """From the items, of n = ``num_items``, and the steps and terminations [M, S] of all segments.
+
+        ``operator`` makes D and A of masks.
+        """
+        # Where a slot is no step, its item's place is behind the last item.
+        place = torch.where(step > 0, index, num_items)
+        is_step, is_terminated = (_flat(place, x, num_items + 1)[:, :-1] for x in (step, terminated))
         following = torch.nn.functional.pad(is_step[:, 1:], (0, 1))
-        return cls(index, operator(Masks(is_step, is_terminated, is_step * following * (1 - is_terminated))))
+        slots = torch.arange(index.numel(), device=index.device).view_as(index)
+        advantage = operator(Masks(is_step, is_terminated, is_step * following * (1 - is_terminated)))
+        return cls(index, _flat(index, slots, num_items)[0], advantage)
 
     def advantages(self, rewards: Tensor, values: Tensor) -> Tensor:
         """GAE over whole rollouts at each slot, [M, S], from rewards and values [M, S]."""
-        every = torch.ones_like(self.index, dtype=torch.bool)
-        flat = self.advantage.advantages(_flat(self.index, rewards, every), _flat(self.index, values, every))
+        flat = self.advantage.advantages(*(_flat(self.index, x, len(self.slot)) for x in (rewards, values)))
         return flat[0][self.index]
 
 
-def _flat(index: Tensor, x: Tensor, where: Tensor) -> Tensor:
-    """The flat batch as one row [1, n], from the slots of ``x`` [M, S] that are True in ``where``; else 0."""
-    flat = x.new_zeros(1, int(index.max()) + 2)
-    flat[0, index[where]] = x[where]
+def _flat(index: Tensor, x: Tensor, size: int) -> Tensor:
+    """The flat batch as one row [1, size], from the slots of ``x`` [M, S]; 0 where there is none."""
+    flat = x.new_zeros(1, size)
+    flat[0, index] = x
     return flat
 
 
@@ -106,7 +124,7 @@ def anchored(
     if rule.standardize:
         mean, deviation = _mean_and_deviation(adv, batch.step, reduction)
         adv, operator = (adv - mean) * batch.step, operator.scaled(1 / deviation)
-    if rule.refresh != "minibatch":
+    if rule.is_kept:
         fixed = adv / deviation if rule.standardize else adv
         return replace(batch, rewards=fixed, advantage=FixedAdvantage(operator))
     rewards = batch.advantage.inverse(adv - batch.advantage.tangent(values))

@@ -260,6 +260,35 @@ class FixedAdvantage(AdvantageOperator):
         return FixedAdvantage(self._operator.scaled(factor))
 
 
+@dataclass(frozen=True)
+class ConstantAdvantage(AdvantageOperator):
+    """Advantages that do not depend on the critic at all, passed in place of the rewards, of these steps [B, S]."""
+
+    _step: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self._step]
+
+    def of_tensors(self, tensors: Sequence[Tensor]) -> ConstantAdvantage:
+        return ConstantAdvantage(*tensors)
+
+    def advantages(self, rewards: Tensor, values: Tensor) -> Tensor:
+        return rewards
+
+    def tangent(self, values: Tensor) -> Tensor:
+        return torch.zeros_like(values)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return torch.zeros_like(y)
+
+    def inverse(self, advantages: Tensor) -> Tensor:
+        return advantages
+
+    def scaled(self, factor: Tensor) -> ConstantAdvantage:
+        return self
+
+
 def advantage_operator(masks: Masks, gamma: float, lambda_: float, kernels: Kernels | None) -> AdvantageOperator:
     """The operators of given segments, by ``kernels`` where there are any."""
     if kernels is None:

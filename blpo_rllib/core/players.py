@@ -20,11 +20,13 @@ class Players(ABC):
     Attributes:
         replayable: Whether every pass performs the same tensor operations, whatever the numbers, and keeps no state. A
             recording of one minibatch then serves for all others of its shape (:mod:`blpo_rllib.core.replay`).
+        recurrent: Whether what a slot gives depends on the slots before it.
         actor_rate_factors: The learning rate of each of ``actor_parameters`` in units of the actor's; None for 1
             throughout.
     """
 
     replayable: bool = False
+    recurrent: bool = False
     actor_parameters: list[Tensor]
     critic_parameters: list[Tensor]
     actor_rate_factors: list[float] | None = None

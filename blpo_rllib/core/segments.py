@@ -17,7 +17,7 @@ import torch
 import tree
 from torch import Tensor
 
-from blpo_rllib.core.gae import AdvantageOperator
+from blpo_rllib.core.gae import AdvantageOperator, ConstantAdvantage
 
 # Rows may exceed their fair share of steps by this fraction if that keeps an episode in one piece.
 _ROW_SLACK = 0.05
@@ -103,6 +103,10 @@ class SegmentPlan:
             num_minibatches = max(1, round(sum(counts) / len(counts) / minibatch_size))
         # At least one process fills all its minibatches.
         num_minibatches = min(num_minibatches, max(counts))
+        size = -(-own // num_minibatches)
+        # Single steps: a row of two of them would make all rows as long. No minibatch must consist of blank rows.
+        if length == 1 and size * num_minibatches - own < size:
+            return cls(num_minibatches, own)
         per_minibatch = min(max(1, round(own / num_minibatches / length)), max(1, own // num_minibatches))
         return cls(num_minibatches, min(num_minibatches * per_minibatch, own))
 
@@ -156,9 +160,7 @@ def layout_segments(
             age = np.arange(piece.length + bootstrap)
             parts.append((first + age, age < piece.length, age < piece.length - 1, age))
         rows.append([np.concatenate(columns) for columns in zip(*parts, strict=True)])
-    width = max((len(index) for index, *_ in rows), default=1)
-    multiple = 1 << (max(1, min(width_multiple, width // 8)).bit_length() - 1)
-    width = -(-width // multiple) * multiple
+    width = _rounded(max((len(index) for index, *_ in rows), default=1), width_multiple)
     shape = max(num_segments, num_rows), width
     layout = SegmentLayout(
         index=np.zeros(shape, np.int64),
@@ -170,6 +172,12 @@ def layout_segments(
         for filled, column in zip((layout.index, layout.step, layout.continues, layout.age), columns, strict=True):
             filled[row, : len(column)] = column
     return layout
+
+
+def _rounded(width: int, multiple: int) -> int:
+    """A width rounded up to a multiple of the largest power of two that is at most ``multiple`` and an eighth of it."""
+    multiple = 1 << (max(1, min(multiple, width // 8)).bit_length() - 1)
+    return -(-width // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -205,6 +213,19 @@ class SegmentBatch:
         """These segments in another order (int64 [M])."""
         tensors = tree.map_structure(lambda x: x[order], self._tensors)
         return SegmentBatch(**tensors, advantage=self.advantage.permuted(order))
+
+    def without_bootstrap(self, targets: Tensor) -> tuple[SegmentBatch, Tensor]:
+        """The steps of these segments and of their value targets [M, S], where advantages are constants.
+
+        Only V of a bootstrap slot counts, for the advantage before it, which is given in place of the rewards.
+        """
+        width = _rounded(int(self.step.sum(1).max()), self.step.shape[1])
+        if width >= self.step.shape[1]:
+            return self, targets
+        rows = torch.arange(len(self), device=self.step.device)[:, None]
+        slots = self.step.argsort(dim=1, descending=True, stable=True)[:, :width]
+        tensors = tree.map_structure(lambda x: x[rows, slots], self._tensors)
+        return SegmentBatch(**tensors, advantage=ConstantAdvantage(tensors["step"])), targets[rows, slots]
 
     def to(self, dtype: torch.dtype) -> SegmentBatch:
         """These segments with their floating-point numbers in another precision."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import tree
 from torch import Tensor
 
 from blpo_rllib.core.adam import AdamSteps
@@ -140,16 +141,19 @@ class BilevelUpdate:
         if self._graphed is not None:
             self._graphed.start_phase()
         size = len(batch) // num_minibatches
-        values = self._values(batch, size)
+        values = self._values(batch, size, rollouts)
         adv = full_advantages(batch, values, rollouts)
-        targets, segments, shared, num_updates = values + adv, batch, None, 0
+        all_targets, shared, num_updates = values + adv, None, 0
+        segments, targets = batch, all_targets
         sums: MinibatchMetrics | None = None
         for epoch in range(settings.num_epochs):
             if settings.advantages.is_anchored_at(epoch, rollouts is not None):
                 if epoch:
-                    values = self._values(batch, size)
+                    values = self._values(batch, size, rollouts)
                     adv = full_advantages(batch, values, rollouts)
                 segments = anchored(batch, values, adv, settings.advantages, self._reduction)
+                if self._solver is None and settings.advantages.is_kept and not self._players.recurrent:
+                    segments, targets = segments.without_bootstrap(all_targets)
             if self._solver is not None and settings.correction.sample == "batch":
                 sample = Minibatch.of(segments, targets, self._reduction.sum(segments.step.sum()))
                 drawn = next(iter(self._draw_coordinates(1)), None)
@@ -162,7 +166,7 @@ class BilevelUpdate:
             if settings.max_kl is not None and self._kl(result.metrics) > settings.max_kl * num_minibatches:
                 break
         assert sums is not None
-        target_moments = _moments(targets.nan_to_num(0.0, 0.0, 0.0), batch.step)
+        target_moments = _moments(all_targets.nan_to_num(0.0, 0.0, 0.0), batch.step)
         metrics = self._metrics(sums, num_updates, target_moments)
         metrics["epochs"] = num_updates / num_minibatches
         if settings.target_kl is not None:
@@ -212,14 +216,19 @@ class BilevelUpdate:
         everything, ends = self._players.coordinates(np.concatenate(chosen)), np.cumsum([len(x) for x in chosen])
         return [everything[end - len(indices) : end] for indices, end in zip(chosen, ends, strict=True)]
 
-    def _values(self, batch: SegmentBatch, size: int) -> Tensor:
+    def _values(self, batch: SegmentBatch, size: int, rollouts: Rollouts | None) -> Tensor:
         """V under the present critic, [M, S]."""
         if self._players.replayable:
             # Perceptrons: dispatch costs more than memory.
             size = max(size, MAX_REPLAYED_SLOTS // batch.step.shape[1])
         with torch.no_grad():
-            parts = batch.split(size)
-            return torch.cat([self._players.critic(slots(part.obs)).values.view_as(part.step) for part in parts])
+            if rollouts is None or self._players.recurrent:
+                parts = [slots(part.obs) for part in batch.split(size)]
+                return torch.cat([self._players.critic(part).values for part in parts]).view_as(batch.step)
+            # Where segments are cut, an observation is in two slots.
+            every, parts = slots(batch.obs), rollouts.slot.split(size * batch.step.shape[1])
+            values = [self._players.critic(tree.map_structure(lambda x, s=s: x[s], every)).values for s in parts]
+            return torch.cat(values)[rollouts.index]
 
     def _order(self, batch: SegmentBatch, size: int) -> tuple[Tensor, Tensor]:
         """A random order: the segments of each minibatch, int64 [., size], and its steps on all processes."""

@@ -21,11 +21,11 @@ from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentPlan, layout_segments
 from blpo_rllib.learning.recurrence import max_sequence_length, places, recurrent_observation
 
-# What PackSegments adds to a module's columns: tensors [M, S], see core.segments.SegmentLayout, and a number.
+# What PackSegments adds to a module's columns: tensors [M, S], see core.segments.SegmentLayout, and BatchSizes.
 SEGMENT_INDEX = "segment_index"
 SEGMENT_STEP = "segment_step"
 SEGMENT_CONTINUES = "segment_continues"
-NUM_MINIBATCHES = "num_minibatches"
+BATCH_SIZES = "batch_sizes"
 
 # The key under which PackSegments finds the steps per minibatch among the data that connectors share; None for a single
 # minibatch.
@@ -39,6 +39,21 @@ _COLUMNS = (
     Columns.REWARDS,
     Columns.TERMINATEDS,
 )
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """What of a module's batch the host knows.
+
+    Attributes:
+        num_minibatches: Minibatches per epoch, >= 1.
+        num_steps: Steps in all.
+        num_items: Items of the flat batch, in which an extra one ends each episode.
+    """
+
+    num_minibatches: int
+    num_steps: int
+    num_items: int
 
 
 class AddStateOfEachStep(ConnectorV2):
@@ -138,7 +153,7 @@ class PackSegments(ConnectorV2):
             )
         packed[SEGMENT_STEP] = torch.as_tensor(layout.step, device=device)
         packed[SEGMENT_CONTINUES] = torch.as_tensor(layout.continues, device=device)
-        packed[NUM_MINIBATCHES] = plan.num_minibatches
+        packed[BATCH_SIZES] = BatchSizes(plan.num_minibatches, int(layout.step.sum()), len(is_step))
         return packed
 
 

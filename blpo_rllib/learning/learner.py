@@ -38,12 +38,13 @@ from blpo_rllib.core.segments import SegmentBatch, SegmentPlan
 from blpo_rllib.core.update import BilevelUpdate
 from blpo_rllib.learning import hooks
 from blpo_rllib.learning.connectors import (
+    BATCH_SIZES,
     MINIBATCH_SIZE,
-    NUM_MINIBATCHES,
     SEGMENT_CONTINUES,
     SEGMENT_INDEX,
     SEGMENT_STEP,
     AddStateOfEachStep,
+    BatchSizes,
     PackSegments,
     RewardScale,
     normalize_rewards,
@@ -407,12 +408,12 @@ class BLPOTorchLearner(PPOTorchLearner):
         return self._train_batch(self._packed_columns(episodes, minibatch_size), sum(map(len, episodes)), num_epochs)
 
     def _train_batch(self, columns: dict[str, dict[str, Any]], num_steps: int, num_epochs: int) -> MultiAgentBatch:
-        num_minibatches = {module_id: x.pop(NUM_MINIBATCHES, 1) for module_id, x in columns.items()}
+        sizes = {module_id: x.pop(BATCH_SIZES, None) for module_id, x in columns.items()}
         modules = {}
         for module_id in self._to_train(columns, num_steps) & self._bilevel_updates.keys():
             segments = self._segment_batch(module_id, columns[module_id])
-            rollouts = self._rollouts(module_id, columns[module_id], segments)
-            modules[module_id] = ModuleSegments(segments, rollouts, num_minibatches[module_id], num_epochs)
+            rollouts = self._rollouts(module_id, columns[module_id], segments, sizes[module_id])
+            modules[module_id] = ModuleSegments(segments, rollouts, sizes[module_id], num_epochs)
         return MultiAgentBatch(modules, num_epochs * num_steps)
 
     def _to_train(self, columns: dict[str, dict[str, Any]], num_steps: int) -> set[str]:
@@ -553,7 +554,9 @@ class BLPOTorchLearner(PPOTorchLearner):
             ),
         )
 
-    def _rollouts(self, module_id: str, columns: dict[str, Any], segments: SegmentBatch) -> Rollouts | None:
+    def _rollouts(
+        self, module_id: str, columns: dict[str, Any], segments: SegmentBatch, sizes: BatchSizes
+    ) -> Rollouts | None:
         config = self.config.get_config_for_module(module_id)
         if config.advantage_horizon == "segment":
             return None
@@ -561,6 +564,7 @@ class BLPOTorchLearner(PPOTorchLearner):
             columns[SEGMENT_INDEX],
             segments.step,
             columns[Columns.TERMINATEDS].to(segments.step.dtype) * segments.step,
+            sizes.num_items,
             lambda masks: self._advantage_operator(masks, config),
         )
 

@@ -55,7 +55,7 @@ class RLModulePlayers(Players):
 
     def __init__(self, module: Any, module_id: str, kernels: Kernels | None = None, log_std_lr_factor: float = 1.0):
         check_module_class(type(module), module_id)
-        self._module, self._kernels = slotwise(module), kernels
+        self._module, self._kernels, self.recurrent = slotwise(module), kernels, module.is_stateful()
         self._distribution = module.get_train_action_dist_cls()
         self._old_distribution = module.get_exploration_action_dist_cls()
         self._values_first = _needs_values_first(self._module, blank_observation(module, 2), blank_action(module, 2))

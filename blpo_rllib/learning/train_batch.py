@@ -6,6 +6,7 @@ from ray.rllib.policy.sample_batch import SampleBatch
 
 from blpo_rllib.core.advantages import Rollouts
 from blpo_rllib.core.segments import SegmentBatch
+from blpo_rllib.learning.connectors import BatchSizes
 
 
 class ModuleSegments(SampleBatch):
@@ -17,12 +18,12 @@ class ModuleSegments(SampleBatch):
         segments: The segments [M, S, ...].
         rollouts: What the segments were cut from, for advantages over whole rollouts; None for advantages that end with
             the segment.
-        num_minibatches: Minibatches per epoch, >= 1; divides M.
+        sizes: Its minibatches, whose number divides M, and its steps.
         num_epochs: Passes over the segments, >= 1.
     """
 
-    def __init__(self, segments: SegmentBatch, rollouts: Rollouts | None, num_minibatches: int, num_epochs: int):
+    def __init__(self, segments: SegmentBatch, rollouts: Rollouts | None, sizes: BatchSizes, num_epochs: int):
         super().__init__()
         self.segments, self.rollouts = segments, rollouts
-        self.num_minibatches, self.num_epochs = num_minibatches, num_epochs
-        self.count = num_epochs * int(segments.step.sum())
+        self.num_minibatches, self.num_epochs = sizes.num_minibatches, num_epochs
+        self.count = num_epochs * sizes.num_steps
