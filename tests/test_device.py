@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import tree
 from fake_device import DEVICE, fake_device
 from ray.rllib.core.columns import Columns
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
@@ -15,6 +16,7 @@ from blpo_rllib import BLPOConfig
 from blpo_rllib.core import mlp
 from blpo_rllib.core.ihvp import nystrom
 from blpo_rllib.learning.connectors import SEGMENT_CONTINUES, SEGMENT_STEP, BatchSizes
+from blpo_rllib.learning.recurrence import max_sequence_length, recurrent_observation, sequences
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG
 from blpo_rllib.learning.train_batch import ModuleSegments
 
@@ -26,6 +28,7 @@ BOX = gym.spaces.Box(-1, 1, (3,), np.float32)
 VECTOR = gym.spaces.Box(-np.inf, np.inf, (11,), np.float32)
 ACTIONS = gym.spaces.Discrete(4)
 IMAGE = gym.spaces.Box(-1, 1, (10, 10, 4), np.float32)
+LSTM = {"use_lstm": True, "lstm_cell_size": 16, "max_seq_len": 2, "fcnet_hiddens": [16]}
 CONVOLUTIONS = {"conv_filters": [[8, 3, 2], [16, 3, 2]], "conv_activation": "relu", "head_fcnet_hiddens": [32]}
 
 
@@ -59,8 +62,13 @@ def coordinates(learner, num_segments, width):
         Columns.TERMINATEDS: (),
     }
     batch = {name: torch.zeros(*shape, *size) for name, size in floats.items()} | {Columns.ACTIONS: actions}
+    if module.is_stateful():
+        place = np.arange(width)[None].repeat(num_segments, 0) % max_sequence_length(module)
+        state = tree.map_structure(lambda x: torch.zeros(*shape, *x.shape), module.get_initial_state())
+        extra = torch.as_tensor(place), torch.as_tensor(sequences(place))
+        batch[Columns.OBS] = recurrent_observation(batch[Columns.OBS], state, *extra)
     batch |= {name: torch.ones(shape, dtype=torch.bool) for name in (SEGMENT_STEP, SEGMENT_CONTINUES)}
-    return {name: x.to(DEVICE) for name, x in batch.items()}
+    return tree.map_structure(lambda x: x.to(DEVICE), batch)
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,32 @@ def test_a_critic_of_a_hundred_million_parameters_streams_its_rows(monkeypatch):
     assert not found.waits
     monkeypatch.setattr(nystrom, "KEPT_NUMBERS", 2**60)
     assert account(**settings).peak > most, "rows kept must be found"
+
+
+def recurrent(change=None):
+    """Two sequences a minibatch and segment, rows of the Hessian redrawn for each."""
+    return account(change, width=4, model=LSTM, nystrom_rank=2, nystrom_redraw=True, num_critic_updates=1)
+
+
+def test_a_recurrent_minibatch_stays_on_the_device():
+    found, kept = recurrent(), []
+    num_parameters, num_slots = found.num_parameters, 8
+    # Rows and batch twice, four vectors, and for each row and the gradient 30 numbers per unit of the recurrence.
+    most = 2 * (2 * num_parameters + found.batch) + 4 * num_parameters + (2 + 1) * 30 * 16 * num_slots
+    assert not found.waits
+    assert found.kernels <= 900
+    assert found.peak <= most
+
+    def fault(weights):
+        kept.append(weights.new_empty(2 * num_parameters))
+        for _ in range(50):
+            weights = weights + 1
+        return int(weights.argmax())
+
+    faulty = recurrent(with_fault(fault))
+    assert faulty.waits, "sequences whose number or length the device tells"
+    assert faulty.kernels > 900
+    assert faulty.peak > most, "rows that outlive their minibatch"
 
 
 def with_fault(fault):

@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 from episodes import OBS_SIZE, episode
+from host_graphs import HostGraphs
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
@@ -33,7 +34,7 @@ from blpo_rllib.core.segments import SegmentBatch, SegmentPlan, layout_segments
 from blpo_rllib.core.update import BilevelUpdate
 from blpo_rllib.learning.connectors import MINIBATCH_SIZE, PackSegments
 from blpo_rllib.learning.players import RLModulePlayers
-from blpo_rllib.learning.recurrence import PLACE, Sequences, places, recurrent_observation
+from blpo_rllib.learning.recurrence import PLACE, Sequences, places, recurrent_observation, sequences
 from studies.recurrence import stateless_cartpole
 
 FLOAT64 = torch.float64
@@ -89,13 +90,17 @@ def test_places():
 
 
 def test_sequences_and_back():
-    place = torch.tensor([0, 1, 2, 0, -1, -1, 0, 1])
-    x = torch.arange(1, 9)
-    sequences = Sequences.of(place)
-    assert sequences.pad(x).tolist() == [[1, 2, 3], [4, 0, 0], [7, 8, 0]]
-    assert x[sequences.starts].tolist() == [1, 4, 7]
-    assert sequences.lengths.tolist() == [3, 1, 2]
-    assert sequences.unpad(sequences.pad(x))[place >= 0].tolist() == [1, 2, 3, 4, 7, 8]
+    place = np.array([[0, 1, 2, 0, -1, -1], [0, 1, 0, 1, 0, 1]])
+    own = sequences(place)
+    assert own.tolist() == [[[[0, 1, 2], [3, -1, -1], [-1] * 3]], [[[0, 1, -1], [2, 3, -1], [4, 5, -1]]]]
+    x = torch.arange(1, 13)
+    found = Sequences.of(torch.as_tensor(place).flatten(), torch.as_tensor(own).flatten(0, 1))
+    assert found.pad(x).tolist() == [[1, 2, 3], [4, 0, 0], [0] * 3, [7, 8, 0], [9, 10, 0], [11, 12, 0]]
+    assert x[found.starts].tolist() == [1, 4, 1, 7, 9, 11]
+    assert found.lengths.tolist() == [3, 1, 1, 2, 2, 2]
+    assert found.unpad(found.pad(x))[place.flatten() >= 0].tolist() == [1, 2, 3, 4, *range(7, 13)]
+    # Batches of about the same size have one shape.
+    assert sequences(np.arange(17)[None], width_multiple=32).shape == (1, 1, 1, 18)
 
 
 def config(cls=None, max_seq_len=4, **training):
@@ -238,6 +243,23 @@ def test_two_learners_make_the_update_of_one():
     torch.testing.assert_close(first, one, rtol=1e-9, atol=1e-11)
 
 
+def test_minibatches_are_replayed_as_graphs():
+    results, recorder = [], HostGraphs()
+    for graphs in (None, recorder):
+        torch.manual_seed(0)
+        module = two_lstms()
+        players = RLModulePlayers(module, "m")
+        optimizers = [
+            torch.optim.Adam(p, lr=1e-2, fused=True) for p in (players.actor_parameters, players.critic_parameters)
+        ]
+        update = BilevelUpdate(players, *optimizers, Hessian, Nystrom(3, 0.5, 1.0), 0, Reduction(), graphs)
+        metrics = [update.run(recurrent_batch()[0], 2, SETTINGS) for _ in range(2)]
+        results.append((flatten([p.detach() for p in module.parameters()]), metrics))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+    assert recorder.recordings == 1
+
+
 def test_what_a_recurrent_module_must_say():
     learner = config(TwoLSTMs, max_seq_len=None).build_learner()
     played, _ = play(learner.module["default_policy"], 9, np.random.default_rng(0))
@@ -259,12 +281,13 @@ def recurrent_batch():
     continues[1, :7] = 1
     # Sequences of at most three steps, and the last slots of the pieces that go on.
     place = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, -1], [0, 1, 2, 0, 1, 2, 0, 1, 2]])
+    own = torch.as_tensor(sequences(place.numpy()))
     state = {
         player: {name: torch.randn(2, 9, CELL, dtype=FLOAT64) for name in ("h", "c")} for player in ("actor", "critic")
     }
     masks = Masks(step, terminated, continues)
     return SegmentBatch(
-        obs=recurrent_observation(torch.randn(2, 9, OBS_SIZE, dtype=FLOAT64), state, place),
+        obs=recurrent_observation(torch.randn(2, 9, OBS_SIZE, dtype=FLOAT64), state, place, own),
         actions=torch.randint(NUM_ACTIONS, (2, 9)),
         old_logp=0.3 * torch.randn(2, 9, dtype=FLOAT64) - 0.7,
         old_dist_inputs=torch.randn(2, 9, NUM_ACTIONS, dtype=FLOAT64),

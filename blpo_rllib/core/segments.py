@@ -160,7 +160,7 @@ def layout_segments(
             age = np.arange(piece.length + bootstrap)
             parts.append((first + age, age < piece.length, age < piece.length - 1, age))
         rows.append([np.concatenate(columns) for columns in zip(*parts, strict=True)])
-    width = _rounded(max((len(index) for index, *_ in rows), default=1), width_multiple)
+    width = rounded_width(max((len(index) for index, *_ in rows), default=1), width_multiple)
     shape = max(num_segments, num_rows), width
     layout = SegmentLayout(
         index=np.zeros(shape, np.int64),
@@ -174,7 +174,7 @@ def layout_segments(
     return layout
 
 
-def _rounded(width: int, multiple: int) -> int:
+def rounded_width(width: int, multiple: int) -> int:
     """A width rounded up to a multiple of the largest power of two that is at most ``multiple`` and an eighth of it."""
     multiple = 1 << (max(1, min(multiple, width // 8)).bit_length() - 1)
     return -(-width // multiple) * multiple
@@ -219,7 +219,7 @@ class SegmentBatch:
 
         Only V of a bootstrap slot counts, for the advantage before it, which is given in place of the rewards.
         """
-        width = _rounded(int(self.step.sum(1).max()), self.step.shape[1])
+        width = rounded_width(int(self.step.sum(1).max()), self.step.shape[1])
         if width >= self.step.shape[1]:
             return self, targets
         rows = torch.arange(len(self), device=self.step.device)[:, None]

@@ -19,7 +19,7 @@ from scipy.signal import lfilter
 
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentPlan, layout_segments
-from blpo_rllib.learning.recurrence import max_sequence_length, places, recurrent_observation
+from blpo_rllib.learning.recurrence import max_sequence_length, places, recurrent_observation, sequences
 
 # What PackSegments adds to a module's columns: tensors [M, S], see core.segments.SegmentLayout, and BatchSizes.
 SEGMENT_INDEX = "segment_index"
@@ -150,6 +150,7 @@ class PackSegments(ConnectorV2):
                 packed[Columns.OBS],
                 tree.map_structure(pack, columns[Columns.STATE_IN]),
                 torch.as_tensor(place, device=device),
+                torch.as_tensor(sequences(place, self._width_multiple), device=device),
             )
         packed[SEGMENT_STEP] = torch.as_tensor(layout.step, device=device)
         packed[SEGMENT_CONTINUES] = torch.as_tensor(layout.continues, device=device)

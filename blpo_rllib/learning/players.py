@@ -15,7 +15,6 @@ from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorica
 from ray.rllib.core.models.torch.encoder import TorchCNNEncoder, TorchMLPEncoder
 from ray.rllib.core.models.torch.heads import TorchFreeLogStdMLPHead, TorchMLPHead
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
-from ray.rllib.utils.numpy import convert_to_numpy
 from ray.rllib.utils.spaces.space_utils import get_dummy_batch_for_space
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from blpo_rllib.core.native import Kernels
 from blpo_rllib.core.networks import ActorPass, AutogradActorPass, AutogradCriticPass, Coordinates, CriticPass
 from blpo_rllib.core.players import Players
 from blpo_rllib.core.policy_heads import AutogradTerms, CategoricalTerms, GaussianTerms, PolicyHead
-from blpo_rllib.learning.recurrence import SlotwiseModule, recurrent_observation, slotwise
+from blpo_rllib.learning.recurrence import SlotwiseModule, recurrent_observation, sequences, slotwise
 from blpo_rllib.learning.rl_module import BLPOTorchRLModule, unit_interval
 from blpo_rllib.rllib_private import training_pass
 
@@ -230,8 +229,11 @@ def blank_observation(module: Any, count: int) -> Any:
     obs = _blank(module.observation_space, module, count)
     if not module.is_stateful():
         return obs
-    state_in = tree.map_structure(lambda x: np.stack([x] * count), convert_to_numpy(module.get_initial_state()))
-    return recurrent_observation(obs, _tensors(state_in, module), _tensors(np.zeros(count, np.int64), module))
+    initial = tree.map_structure(torch.as_tensor, module.get_initial_state())
+    state_in = tree.map_structure(lambda x: torch.stack([x] * count), initial)
+    place = np.zeros((count, 1), np.int64)
+    parts = state_in, place[:, 0], sequences(place)[:, 0]
+    return recurrent_observation(obs, *(_tensors(x, module) for x in parts))
 
 
 def blank_action(module: Any, count: int) -> Any:
@@ -244,10 +246,10 @@ def _blank(space: gym.Space, module: Any, count: int) -> Any:
 
 
 def _tensors(arrays: Any, module: Any) -> Any:
-    """Arrays as tensors on the module's device, floating-point numbers in its precision."""
+    """Arrays or tensors as tensors on the module's device, floating-point numbers in its precision."""
     parameter = next(module.parameters())
 
-    def tensor(array: np.ndarray) -> Tensor:
+    def tensor(array: np.ndarray | Tensor) -> Tensor:
         x = torch.as_tensor(array, device=parameter.device)
         return x.to(parameter.dtype) if x.is_floating_point() else x
 

@@ -5,7 +5,9 @@ place of the bare observation, three things: the observation, the state in which
 its place in a *sequence*. A sequence is a run of consecutive slots, through which the recurrence goes from the state
 recorded at the first; no derivative is taken with respect to that state, so sequences are what backpropagation through
 time is truncated to. A sequence never spans two episodes, has at most ``max_seq_len`` steps (RLlib's entry in the model
-config), and ends in one slot more where the observation after its last step is bootstrapped from.
+config), and ends in one slot more where the observation after its last step is bootstrapped from. The segment adds
+which slots its sequences consist of, as many and as long ones in all segments, so that the host knows the shapes of a
+minibatch and never waits for a device to tell them.
 """
 
 from __future__ import annotations
@@ -19,13 +21,17 @@ import tree
 from ray.rllib.core.columns import Columns
 from torch import Tensor
 
+from blpo_rllib.core.segments import rounded_width
+
 # Where a slot stands in its sequence, int64: 0 starts one, −1 is padding.
 PLACE = "place"
+# The slots of a segment's sequences.
+SEQUENCES = "sequences"
 
 
-def recurrent_observation(obs: Any, state_in: Any, place: Tensor) -> dict[str, Any]:
-    """What stands for the observation in the slots of a recurrent module."""
-    return {Columns.OBS: obs, Columns.STATE_IN: state_in, PLACE: place}
+def recurrent_observation(obs: Any, state_in: Any, place: Tensor, sequences: Tensor) -> dict[str, Any]:
+    """What stands for the observations [M, S, ...] of a recurrent module; see :func:`places` and :func:`sequences`."""
+    return {Columns.OBS: obs, Columns.STATE_IN: state_in, PLACE: place, SEQUENCES: sequences}
 
 
 def max_sequence_length(module: Any) -> int:
@@ -57,45 +63,66 @@ def places(age: np.ndarray, step: np.ndarray, max_length: int) -> np.ndarray:
     return place
 
 
+def sequences(place: np.ndarray, width_multiple: int = 1) -> np.ndarray:
+    """The slots of each segment's sequences, int64 [M, 1, P, L], from the slots' places [M, S]; −1 behind their ends.
+
+    The second axis stands where that of the slots does in other arrays, so that segments and minibatches are cut alike.
+    P and L, the most sequences of a segment and the slots of the longest, are rounded up as
+    :func:`~blpo_rllib.core.segments.rounded_width` says.
+    """
+    number = (place == 0).cumsum(1) - 1
+    shape = (rounded_width(int(x.max()) + 1, width_multiple) for x in (number, place))
+    found = np.full((len(place), *shape), -1)
+    rows, slots = (place >= 0).nonzero()
+    found[rows, number[rows, slots], place[rows, slots]] = slots
+    return found[:, None]
+
+
 @dataclass(frozen=True)
 class Sequences:
-    """n slots as P sequences of at most L slots each, padded at their ends to [P, L].
+    """The n slots of B segments as B·P sequences of L slots each, of which some are blank, and others end earlier.
 
     Attributes:
-        starts: int64 [P], the slots where sequences start.
-        lengths: int64 [P], slots of each sequence.
-        slots: int64 [m], the slots that belong to a sequence.
-        index: int64 [n], where each slot stands among the P·L; 0 in padding.
+        slots: int64 [B·P, L], the slots of each; any slot behind their ends.
+        used: bool [B·P, L], whether they are not behind it.
+        index: int64 [n], where each slot stands among the B·P·L; anywhere in padding.
     """
 
-    starts: Tensor
-    lengths: Tensor
     slots: Tensor
+    used: Tensor
     index: Tensor
 
     @classmethod
-    def of(cls, place: Tensor) -> Sequences:
-        """The sequences of slots [n] with these places; there must be one at least."""
-        used = place >= 0
-        number = (place == 0).cumsum(0) - 1
-        lengths = torch.bincount(number[used])
-        longest = int(lengths.max())
+    def of(cls, place: Tensor, slots: Tensor) -> Sequences:
+        """From the places [n] and the slots [B, P, L] of each segment's sequences."""
+        num_segments, num_sequences, length = slots.shape
+        place = place.view(num_segments, -1)
+        segment = torch.arange(num_segments, device=place.device)
+        number = segment[:, None] * num_sequences + (place == 0).cumsum(1) - 1
+        first_slot = segment[:, None, None] * place.shape[1]
         return cls(
-            starts=(place == 0).nonzero()[:, 0],
-            lengths=lengths,
-            slots=used.nonzero()[:, 0],
-            index=torch.where(used, number * longest + place, 0),
+            slots=(first_slot + slots.clamp(min=0)).flatten(0, 1),
+            used=(slots >= 0).flatten(0, 1),
+            index=(number * length + place.clamp(min=0)).flatten(),
         )
 
+    @property
+    def lengths(self) -> Tensor:
+        """Slots of each sequence, int64 [B·P]; 1 of a blank one, since modules may not take what is empty."""
+        return self.used.sum(1).clamp(min=1)
+
+    @property
+    def starts(self) -> Tensor:
+        """The slots where sequences start, int64 [B·P]."""
+        return self.slots[:, 0]
+
     def pad(self, x: Tensor) -> Tensor:
-        """[n, ...] slot by slot to [P, L, ...], 0 behind the end of a sequence."""
-        shape = len(self.lengths), int(self.lengths.max())
-        padded = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
-        padded[self.index[self.slots]] = x[self.slots]
-        return padded.view(*shape, *x.shape[1:])
+        """[n, ...] slot by slot to [B·P, L, ...], 0 behind the end of a sequence."""
+        behind = ~self.used.view(*self.used.shape, *[1] * (x.dim() - 1))
+        return x[self.slots].masked_fill(behind, 0)
 
     def unpad(self, y: Tensor) -> Tensor:
-        """[P, L, ...] to [n, ...] slot by slot; what padding slots get means nothing."""
+        """[B·P, L, ...] to [n, ...] slot by slot; what padding slots get means nothing."""
         return y.flatten(0, 1)[self.index]
 
 
@@ -115,14 +142,14 @@ class SlotwiseModule:
 
     def compute_values(self, batch: dict[str, Any]) -> Tensor:
         """V, [n]."""
-        sequences = Sequences.of(batch[Columns.OBS][PLACE])
+        sequences = Sequences.of(batch[Columns.OBS][PLACE], batch[Columns.OBS][SEQUENCES])
         # cuDNN's recurrences have no second derivatives; torch's own kernels have.
         with torch.backends.cudnn.flags(enabled=False):
             return sequences.unpad(self._module.compute_values(self._columns(batch, sequences)))
 
     def forward_train(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The action distribution's inputs, [n, d]."""
-        sequences = Sequences.of(batch[Columns.OBS][PLACE])
+        sequences = Sequences.of(batch[Columns.OBS][PLACE], batch[Columns.OBS][SEQUENCES])
         outputs = self._module.forward_train(self._columns(batch, sequences))
         return {Columns.ACTION_DIST_INPUTS: sequences.unpad(outputs[Columns.ACTION_DIST_INPUTS])}
 
