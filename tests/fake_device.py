@@ -43,6 +43,7 @@ class FakeDevice(TorchDispatchMode):
         kernels: Kernels by operation.
         reads: Numbers that the host read, by line.
         uploads: Copies from host to device, by line.
+        sent: Their bytes, by line.
         downloads: Copies from device to host, by line.
         bytes: Bytes in use.
         peak: Most bytes in use since :meth:`reset`.
@@ -56,7 +57,7 @@ class FakeDevice(TorchDispatchMode):
 
     def reset(self):
         """Counts from zero; memory in use stays what it is."""
-        self.kernels, self.reads, self.uploads, self.downloads = (Counter() for _ in range(4))
+        self.kernels, self.reads, self.uploads, self.sent, self.downloads = (Counter() for _ in range(5))
         self.peak = self.bytes
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -87,8 +88,11 @@ class FakeDevice(TorchDispatchMode):
         if not any(on_device):
             return
         copies = name in ("_to_copy", "copy_") and inputs[-1].device != outputs[0].device
-        if copies:
-            (self.uploads if outputs[0].device.type == NAME else self.downloads)[_line()] += 1
+        if copies and outputs[0].device.type == NAME:
+            self.uploads[_line()] += 1
+            self.sent[_line()] += outputs[0].nbytes
+        elif copies:
+            self.downloads[_line()] += 1
         if name not in _FREE:
             self.kernels[name] += 1
         for x in outputs:

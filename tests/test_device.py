@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 import tree
+from episodes import OBS_SIZE, episode
 from fake_device import DEVICE, fake_device
 from ray.rllib.core.columns import Columns
+from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from blpo_rllib import BLPOConfig
 from blpo_rllib.core import mlp
 from blpo_rllib.core.ihvp import nystrom
-from blpo_rllib.learning.connectors import SEGMENT_CONTINUES, SEGMENT_STEP, BatchSizes
+from blpo_rllib.learning.connectors import SEGMENT_CONTINUES, SEGMENT_STEP, BatchSizes, PackSegments
 from blpo_rllib.learning.recurrence import max_sequence_length, recurrent_observation, sequences
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG
 from blpo_rllib.learning.train_batch import ModuleSegments
@@ -185,6 +187,43 @@ def test_a_critic_of_a_hundred_million_parameters_streams_its_rows(monkeypatch):
     assert not found.waits
     monkeypatch.setattr(nystrom, "KEPT_NUMBERS", 2**60)
     assert account(**settings).peak > most, "rows kept must be found"
+
+
+def whole_update(**settings):
+    """The books of an update from episodes to metrics, by RLlib's learner."""
+    rng = np.random.default_rng(0)
+    episodes = [episode(128, rng, **kind) for kind in ({"terminated": True}, {"truncated": True}, {}, {})]
+    with fake_device() as books:
+        learner = build(observation_space=gym.spaces.Box(-9, 9, (OBS_SIZE,)), action_space=ACTIONS, **settings)
+        books.reset()
+        learner.update(episodes=episodes, minibatch_size=128, num_epochs=2, timesteps={})
+    return books
+
+
+# An observation of four floats, action, log-probability, distribution of two floats, reward and end of each item; and
+# of each slot, of a width that is rounded up, its item, whether it is a step, and whether it goes on.
+SENT = (4 * 128 + 4) * (16 + 8 + 4 + 8 + 4 + 1) + 4 * 132 * (8 + 1 + 1)
+
+
+@pytest.mark.parametrize("horizon", ["segment", "rollout"])
+def test_a_batch_is_sent_once_and_never_read_back(horizon, monkeypatch):
+    books = whole_update(advantage_horizon=horizon)
+    assert not books.downloads
+    assert sum(x for line, x in books.sent.items() if "connectors" in line) == SENT
+    # Beside it, the order of segments in each epoch and the drawn coordinates.
+    assert sum(books.sent.values()) <= SENT + 2 * 4 * 8 + 5 * 4 * 8
+    # The metrics, at the end of the phase, and the coefficient of a penalty before it.
+    assert {line.split(":")[0] for line in books.reads} == {"core/update.py", "learning/learner.py"}
+    assert len(books.reads) == 3
+    if horizon == "segment":
+        send = PackSegments._send
+        monkeypatch.setattr(PackSegments, "_send", lambda self, x: (send(self, x), send(self, x))[1])
+        assert sum(whole_update().sent.values()) > 2 * SENT
+        pack = PackSegments.__call__
+        early = lambda self, batch, **rest: pack(self, batch=convert_to_torch_tensor(batch, device=DEVICE), **rest)
+        monkeypatch.setattr(PackSegments, "__call__", early)
+        with pytest.raises(RuntimeError, match=r"numpy\(\) is not supported"):
+            whole_update()
 
 
 def recurrent(change=None):

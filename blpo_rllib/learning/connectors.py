@@ -15,21 +15,22 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.numpy import convert_to_numpy
+from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from scipy.signal import lfilter
 
 from blpo_rllib.core.reduction import Reduction
 from blpo_rllib.core.segments import SegmentPlan, layout_segments
 from blpo_rllib.learning.recurrence import max_sequence_length, places, recurrent_observation, sequences
 
-# What PackSegments adds to a module's columns: tensors [M, S], see core.segments.SegmentLayout, and BatchSizes.
+# What PackSegments adds to a module's columns: tensors [M, S], see core.segments.SegmentLayout.
 SEGMENT_INDEX = "segment_index"
 SEGMENT_STEP = "segment_step"
 SEGMENT_CONTINUES = "segment_continues"
-BATCH_SIZES = "batch_sizes"
 
-# The key under which PackSegments finds the steps per minibatch among the data that connectors share; None for a single
-# minibatch.
+# Among the data that connectors share, PackSegments finds the steps per minibatch, None for a single minibatch, and
+# leaves BatchSizes by module.
 MINIBATCH_SIZE = "minibatch_size"
+BATCH_SIZES = "batch_sizes"
 
 _COLUMNS = (
     Columns.OBS,
@@ -90,17 +91,19 @@ def _states_in(episode: Any, module: Any) -> Any:
 class PackSegments(ConnectorV2):
     """Turns a flat batch of episodes into trajectory segments, [n, ...] into [M, S, ...] per column and module.
 
-    The connector ends the learner pipeline. It needs RLlib's ``AddOneTsToEpisodesAndTruncate`` before it, which appends
+    It stands before RLlib's ``NumpyToTensor``, where the data are on the host: segments are laid out there, and each
+    column is sent to the device once. It needs RLlib's ``AddOneTsToEpisodesAndTruncate`` before it, which appends
     to every episode or fragment its last observation and marks it False in the loss mask. The minibatch size reaches
     the connector under :data:`MINIBATCH_SIZE` in ``shared_data``. Observations of a recurrent
-    module, which :class:`AddStateOfEachStep` gave states, become :func:`recurrent_observation`.
-    Modules for which there is no plan keep their columns.
+    module, which :class:`AddStateOfEachStep` gave states, become :func:`recurrent_observation`. Sizes that the host has
+    to know are left under :data:`BATCH_SIZES`. Modules for which there is no plan keep their columns.
 
     Args:
         plan: Maps the number of steps by module ID and the minibatch size to a plan for each module that has steps on
             any learner.
         blank: Maps a module's ID to the columns of a single item that is no step, for a learner without a step of it.
         width_multiple: See :func:`~blpo_rllib.core.segments.layout_segments`.
+        device: Where the segments are to be.
     """
 
     def __init__(
@@ -108,24 +111,25 @@ class PackSegments(ConnectorV2):
         plan: Callable[[dict[str, int], int | None], dict[str, SegmentPlan]],
         blank: Callable[[str], dict[str, Any]],
         width_multiple: int = 1,
+        device: torch.device | None = None,
     ):
         super().__init__()
-        self._plan, self._blank, self._width_multiple = plan, blank, width_multiple
+        self._plan, self._blank, self._width_multiple, self._device = plan, blank, width_multiple, device
 
     @override(ConnectorV2)
     def __call__(self, *, rl_module: Any, batch: dict[str, Any], shared_data: dict[str, Any], **kwargs: Any) -> Any:
         is_step = {
-            module_id: columns[Columns.LOSS_MASK].cpu().numpy().astype(bool)
+            module_id: _mask(columns[Columns.LOSS_MASK])
             for module_id, columns in batch.items()
             if Columns.LOSS_MASK in columns
         }
         num_steps = {module_id: int(x.sum()) for module_id, x in is_step.items()}
-        packed = {}
+        packed, sizes = {}, shared_data.setdefault(BATCH_SIZES, {})
         for module_id, plan in self._plan(num_steps, shared_data[MINIBATCH_SIZE]).items():
             columns = batch[module_id] if plan.num_segments else self._blank(module_id)
-            packed[module_id] = self._pack(
-                columns, is_step.get(module_id, np.zeros(1, bool)), plan, rl_module[module_id].unwrapped()
-            )
+            mask = is_step.get(module_id, np.zeros(1, bool))
+            packed[module_id] = self._pack(columns, mask, plan, rl_module[module_id].unwrapped())
+            sizes[module_id] = BatchSizes(plan.num_minibatches, int(mask.sum()), len(mask))
         # Modules without a plan keep their single steps, if they have any.
         for module_id in is_step.keys() - packed.keys():
             if not is_step[module_id].any():
@@ -134,28 +138,34 @@ class PackSegments(ConnectorV2):
         return batch
 
     def _pack(self, columns: dict[str, Any], is_step: np.ndarray, plan: SegmentPlan, module: Any) -> dict[str, Any]:
-        terminated = columns[Columns.TERMINATEDS].cpu().numpy().astype(bool)
-        layout = layout_segments(is_step, terminated, plan.num_segments, self._width_multiple, plan.num_rows)
-        device = columns[Columns.LOSS_MASK].device
-        index = torch.as_tensor(layout.index, device=device)
+        layout = layout_segments(
+            is_step, _mask(columns[Columns.TERMINATEDS]), plan.num_segments, self._width_multiple, plan.num_rows
+        )
+        index = self._send(layout.index)
 
-        def pack(x: torch.Tensor) -> torch.Tensor:
-            return x[index]
+        def pack(column: Any) -> Any:
+            return tree.map_structure(lambda x: x[index], self._send(column))
 
-        packed = {name: tree.map_structure(pack, columns[name]) for name in _COLUMNS if name in columns}
+        packed = {name: pack(columns[name]) for name in _COLUMNS if name in columns}
         packed[SEGMENT_INDEX] = index
         if Columns.STATE_IN in columns:
             place = places(layout.age, layout.step, max_sequence_length(module))
             packed[Columns.OBS] = recurrent_observation(
                 packed[Columns.OBS],
-                tree.map_structure(pack, columns[Columns.STATE_IN]),
-                torch.as_tensor(place, device=device),
-                torch.as_tensor(sequences(place, self._width_multiple), device=device),
+                pack(columns[Columns.STATE_IN]),
+                self._send(place),
+                self._send(sequences(place, self._width_multiple)),
             )
-        packed[SEGMENT_STEP] = torch.as_tensor(layout.step, device=device)
-        packed[SEGMENT_CONTINUES] = torch.as_tensor(layout.continues, device=device)
-        packed[BATCH_SIZES] = BatchSizes(plan.num_minibatches, int(layout.step.sum()), len(is_step))
-        return packed
+        return packed | {SEGMENT_STEP: self._send(layout.step), SEGMENT_CONTINUES: self._send(layout.continues)}
+
+    def _send(self, nested: Any) -> Any:
+        """Arrays as tensors on the device; floating-point numbers in RLlib's connectors' precision, float32."""
+        return convert_to_torch_tensor(nested, device=self._device)
+
+
+def _mask(column: Any) -> np.ndarray:
+    """A column of 0 and 1 on the host, [n]."""
+    return convert_to_numpy(column).astype(bool)
 
 
 @dataclass(frozen=True)

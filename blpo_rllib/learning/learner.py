@@ -14,6 +14,7 @@ import gymnasium as gym
 import torch
 import tree
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
+from ray.rllib.connectors.common import NumpyToTensor
 from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.connectors.learner import AddTimeDimToBatchAndZeroPad, GeneralAdvantageEstimation
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -134,8 +135,8 @@ class BLPOTorchLearner(PPOTorchLearner):
         self._learner_connector.remove(GeneralAdvantageEstimation)
         self._learner_connector.insert_before(AddTimeDimToBatchAndZeroPad, AddStateOfEachStep())
         width_multiple = GRAPHED_WIDTH_MULTIPLE if self._makes_graphs else REPLAYED_WIDTH_MULTIPLE
-        pack = PackSegments(self._plan_segments, self._blank_item, width_multiple)
-        self._learner_connector.append(pack)
+        pack = PackSegments(self._plan_segments, self._blank_item, width_multiple, self._device)
+        self._learner_connector.insert_before(NumpyToTensor, pack)
         self._meeting_connectors.append(pack)
 
     @override(TorchLearner)
@@ -467,15 +468,18 @@ class BLPOTorchLearner(PPOTorchLearner):
         return any(self._module_optimizers[module_id] for module_id in self._module_optimizers.keys() - self._players)
 
     def _packed_columns(self, episodes: list[Any], minibatch_size: int | None) -> dict[str, dict[str, Any]]:
-        """What the connectors make of the episodes, by module."""
+        """What the connectors make of the episodes, by module, with :class:`BatchSizes` of segments."""
         assert self._learner_connector is not None
-        shared_data = {MINIBATCH_SIZE: minibatch_size}
-        if episodes:
-            return run_pipeline(self._learner_connector, self.module, episodes, shared_data, self.metrics)
-        # RLlib's own connectors assume that there is an episode.
+        shared_data: dict[str, Any] = {MINIBATCH_SIZE: minibatch_size, BATCH_SIZES: {}}
         columns: dict[str, Any] = {}
-        for connector in self._meeting_connectors:
-            columns = connector(rl_module=self.module, batch=columns, episodes=[], shared_data=shared_data)
+        if episodes:
+            columns = run_pipeline(self._learner_connector, self.module, episodes, shared_data, self.metrics)
+        else:
+            # RLlib's own connectors assume that there is an episode.
+            for connector in self._meeting_connectors:
+                columns = connector(rl_module=self.module, batch=columns, episodes=[], shared_data=shared_data)
+        for module_id, sizes in shared_data[BATCH_SIZES].items():
+            columns[module_id][BATCH_SIZES] = sizes
         return columns
 
     @override(TorchLearner)
