@@ -108,7 +108,7 @@ class NativePass(MLPPass):
         return cotangents
 
     def backward(self, output: Tensor) -> Tensor:
-        gradient = output.new_zeros(self.num_parameters)
+        gradient = output.new_empty(self.num_parameters)
         self._run_backward(output, gradient)
         return gradient
 
@@ -122,8 +122,9 @@ class NativePass(MLPPass):
 
     def scaled_gradients(self, cotangents: Tensor, scale: Tensor) -> Tensor:
         """The gradients of all layers, [k, p], for g_l = ``cotangents`` times each of ``scale`` [k, n]."""
-        gradients, scale = scale.new_zeros(scale.shape[0], self.num_parameters), self.padded(scale)
-        self._call("scaled_gradients", self._net, self._by_slot, cotangents, scale, scale.shape[0], gradients)
+        gradients, scale = scale.new_empty(scale.shape[0], self.num_parameters), self.padded(scale)
+        arrays = self._all_hidden, self._by_slot, cotangents, scale
+        self._call("scaled_gradients", self._net, *arrays, scale.shape[0], gradients)
         return gradients
 
     def jvp(self, cotangents: Tensor, direction: Sequence[Tensor]) -> Tensor:
@@ -140,7 +141,7 @@ class NativePass(MLPPass):
 
     def second_order_rows(self, places: Tensor, cotangents: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """:meth:`CriticPass.second_order_rows` for the parameters at ``places``: see :class:`Coordinates`."""
-        rows = first.new_zeros(len(places), self.num_parameters)
+        rows = first.new_empty(len(places), self.num_parameters)
         workspace = cotangents.new_empty(3 * cotangents.numel() + self._by_slot.numel())
         inputs = self._all_hidden, self._by_slot, cotangents, self.padded(first), self.padded(second), places
         self._call("second_order_rows", self._net, *inputs, len(places), workspace, rows)

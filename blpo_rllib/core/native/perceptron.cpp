@@ -23,6 +23,9 @@ constexpr int kRows = kManyRegisters ? 8 : 4;     // gradient: units of layer l 
 constexpr int kColumns = 2;                       // ... by vectors of units of layer l - 1
 constexpr int kGroup = 16;                        // units of layer l that one thread takes at a time
 constexpr int64_t kChunk = 128;                   // slots summed over before the next units: what the L1 cache holds
+// Inputs beyond whole vectors, and units of a layer, so few that its gradient takes less time as sums along slots than
+// by vectors of inputs, most of whose lanes would be empty, or for which the inputs would first have to be turned.
+constexpr int64_t kFewInputs = 6, kFewUnits = 4;
 
 // Swaps the blocks of D lanes that stand crosswise in two rows.
 template <class T, int D, int... L>
@@ -75,6 +78,8 @@ struct Net {
     for (int64_t l = first; l < layer; ++l) units += sizes[l];
     return units * slots;
   }
+  // Whether h_l is needed slot by slot, for the gradient of layer l + 1.
+  bool is_turned(int64_t layer) const { return sizes[layer + 1] > kFewUnits && sizes[layer] > kFewInputs; }
   // Units of layer l in whole vectors, and where it stands in an array of layers slot by slot, [N, units in vectors].
   int64_t width(int64_t layer) const { return (sizes[layer] + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
   int64_t offset_by_slot(int64_t layer, int64_t first) const {
@@ -136,7 +141,15 @@ inline void product(const T* a, int64_t row, int64_t column, const T* b, int64_t
   if (vectors == 1) tile_of_product<T, 1>(a, row, column, b, slots, units, depth, done);
 }
 
-// Runs work(first slot, number of vectors) for each tile of slots, inside a parallel region.
+// Runs work() on each of `threads` threads; on one without the price of entering a parallel region.
+template <class Work>
+inline void in_parallel(int threads, const Work& work) {
+  if (threads == 1) return work();
+#pragma omp parallel num_threads(threads)
+  work();
+}
+
+// Runs work(first slot, number of vectors) for each tile of slots, inside in_parallel.
 template <class T, class Work>
 inline void for_tiles(const Net<T>& net, const Work& work) {
 #pragma omp for schedule(static)
@@ -159,10 +172,13 @@ inline void turn(const T* x, int64_t slots, int64_t units, int vectors, T* y, in
     }
 }
 
-// R units by V vectors of sum_s scale[s] g[o, s] h[s, i] over `count` slots, added to out[o * inputs + i], i < columns.
+// What sums over slots go to: in place of what stands there, or added to it.
+enum class Into { kPlace, kSum };
+
+// R units by V vectors of sum_s scale[s] g[o, s] h[s, i] over `count` slots, to out[o * inputs + i], i < columns.
 template <class T, int R, int V, bool Scaled>
 inline void block_of_gradient(const T* g, int64_t slots, const T* h, int64_t width, const T* scale, int64_t count,
-                              int64_t columns, T* out, int64_t inputs) {
+                              int64_t columns, T* out, int64_t inputs, Into into) {
   Vector<T> acc[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) acc[r][v] = Vector<T>{};
@@ -185,21 +201,32 @@ inline void block_of_gradient(const T* g, int64_t slots, const T* h, int64_t wid
     for (int v = 0; v < V; ++v) {
       T* place = out + r * inputs + v * kLanes<T>;
       const int64_t left = columns - v * kLanes<T>;
-      if (left >= kLanes<T>) store<T>(place, load<T>(place) + acc[r][v]);
+      if (left >= kLanes<T>) store<T>(place, into == Into::kSum ? load<T>(place) + acc[r][v] : acc[r][v]);
       else
-        for (int64_t i = 0; i < left; ++i) place[i] += acc[r][v][i];
+        for (int64_t i = 0; i < left; ++i) place[i] = into == Into::kSum ? place[i] + acc[r][v][i] : acc[r][v][i];
     }
 }
 
-template <class T, int R, bool Scaled>
-inline void rows_of_gradient(const T* g, int64_t slots, const T* h, const T* scale, int64_t count, int64_t inputs,
-                             T* out) {
-  const int64_t width = (inputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  int64_t c = 0;
-  for (; c + kColumns * kLanes<T> <= width; c += kColumns * kLanes<T>)
-    block_of_gradient<T, R, kColumns, Scaled>(g, slots, h + c, width, scale, count, inputs - c, out + c, inputs);
-  for (; c < width; c += kLanes<T>)
-    block_of_gradient<T, R, 1, Scaled>(g, slots, h + c, width, scale, count, inputs - c, out + c, inputs);
+// The same for C columns of few, as sums along slots: h stands unit by unit.
+template <class T, int R, int C, bool Scaled>
+inline void narrow_gradient(const T* g, int64_t slots, const T* h, const T* scale, T* out, int64_t inputs, Into into) {
+  Vector<T> acc[R][C] = {};
+  for (int64_t s = 0; s < slots; s += kLanes<T>) {
+    Vector<T> x[C];
+    for (int c = 0; c < C; ++c) {
+      x[c] = load<T>(h + c * slots + s);
+      if constexpr (Scaled) x[c] *= load<T>(scale + s);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[r][c] += load<T>(g + r * slots + s) * x[c];
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) {
+      const T sum = lane_sum<T>(acc[r][c]);
+      out[r * inputs + c] = into == Into::kSum ? out[r * inputs + c] + sum : sum;
+    }
 }
 
 template <class T, bool Scaled>
@@ -210,23 +237,63 @@ inline T sum_over_slots(const T* g, const T* scale, int64_t slots) {
   return lane_sum<T>(total);
 }
 
-// Adds (scale * g) h^T to weight [units, inputs] and sums over slots to bias if there is one, for the units from
-// `first` to `last`; h stands slot by slot.
+// h_{l-1}: [units, N], and, for as many of them as are taken by vectors of units, slot by slot [N, units in vectors].
+template <class T>
+struct Inputs {
+  int64_t units, wide;
+  const T *by_unit, *by_slot;
+
+  int64_t width() const { return (units + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
+};
+
+// R units of (scale * g) h^T over the slots begin ... begin + count, by vectors of units of h.
+template <class T, int R, bool Scaled>
+inline void wide_rows(const T* g, int64_t slots, const Inputs<T>& h, const T* scale, int64_t begin, int64_t count,
+                      T* out, Into into) {
+  constexpr int V = R == 1 ? 2 * kColumns : kColumns;
+  const int64_t width = h.width(), wide = h.wide;
+  const T *from = h.by_slot + begin * width, *some = Scaled ? scale + begin : nullptr;
+  int64_t c = 0;
+  for (; c + V * kLanes<T> <= (wide + kLanes<T> - 1) / kLanes<T> * kLanes<T>; c += V * kLanes<T>)
+    block_of_gradient<T, R, V, Scaled>(g + begin, slots, from + c, width, some, count, wide - c, out + c, h.units, into);
+  for (; c < wide; c += kLanes<T>)
+    block_of_gradient<T, R, 1, Scaled>(g + begin, slots, from + c, width, some, count, wide - c, out + c, h.units, into);
+}
+
+// The same for the units of h after those, over all slots.
+template <class T, int R, bool Scaled>
+inline void narrow_rows(const T* g, int64_t slots, const Inputs<T>& h, const T* scale, T* out, Into into) {
+  constexpr int C = R == 1 ? 4 : 2;
+  int64_t c = h.wide;
+  for (; c + C <= h.units; c += C)
+    narrow_gradient<T, R, C, Scaled>(g, slots, h.by_unit + c * slots, scale, out + c, h.units, into);
+  for (; c < h.units; ++c)
+    narrow_gradient<T, R, 1, Scaled>(g, slots, h.by_unit + c * slots, scale, out + c, h.units, into);
+}
+
+// (scale * g) h^T to weight [units, inputs] and sums over slots to bias if there is one, for the units from `first` to
+// `last`.
 template <class T, bool Scaled>
-inline void add_gradient(const T* g, const T* h, const T* scale, int64_t slots, int64_t inputs, int64_t first,
-                         int64_t last, T* weight, T* bias) {
-  const int64_t width = (inputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+inline void add_gradient(const T* g, const Inputs<T>& h, const T* scale, int64_t slots, int64_t first, int64_t last,
+                         T* weight, T* bias, Into into) {
+  const int64_t tiled = first + (last - first) / kRows * kRows;
   for (int64_t begin = 0; begin < slots; begin += kChunk) {
     const int64_t count = std::min(slots - begin, kChunk);
-    const T *some = Scaled ? scale + begin : nullptr, *own = h + begin * width;
-    int64_t o = first;
-    for (; o + kRows <= last; o += kRows)
-      rows_of_gradient<T, kRows, Scaled>(g + o * slots + begin, slots, own, some, count, inputs, weight + o * inputs);
-    for (; o < last; ++o)
-      rows_of_gradient<T, 1, Scaled>(g + o * slots + begin, slots, own, some, count, inputs, weight + o * inputs);
+    const Into now = begin ? Into::kSum : into;
+    for (int64_t o = first; o < tiled; o += kRows)
+      wide_rows<T, kRows, Scaled>(g + o * slots, slots, h, scale, begin, count, weight + o * h.units, now);
+    for (int64_t o = tiled; o < last; ++o)
+      wide_rows<T, 1, Scaled>(g + o * slots, slots, h, scale, begin, count, weight + o * h.units, now);
   }
+  for (int64_t o = first; o < tiled; o += kRows)
+    narrow_rows<T, kRows, Scaled>(g + o * slots, slots, h, scale, weight + o * h.units, into);
+  for (int64_t o = tiled; o < last; ++o)
+    narrow_rows<T, 1, Scaled>(g + o * slots, slots, h, scale, weight + o * h.units, into);
   if (bias == nullptr) return;
-  for (int64_t o = first; o < last; ++o) bias[o] += sum_over_slots<T, Scaled>(g + o * slots, scale, slots);
+  for (int64_t o = first; o < last; ++o) {
+    const T sum = sum_over_slots<T, Scaled>(g + o * slots, scale, slots);
+    bias[o] = into == Into::kSum ? bias[o] + sum : sum;
+  }
 }
 
 // Runs work(layer, first unit, last unit, W_l's and b_l's place in a flat gradient) for each group of units.
@@ -235,7 +302,7 @@ inline void for_unit_groups(const Net<T>& net, const Work& work) {
   int64_t begin = 0;
   for (int64_t layer = 1; layer <= net.depth; ++layer) {
     const int64_t units = net.sizes[layer], num_weights = units * net.sizes[layer - 1];
-#pragma omp for schedule(dynamic) nowait
+#pragma omp for schedule(static, 1) nowait
     for (int64_t first = 0; first < units; first += kGroup)
       work(layer, first, std::min(first + kGroup, units), begin, begin + num_weights);
     begin += num_weights + units;
@@ -243,15 +310,23 @@ inline void for_unit_groups(const Net<T>& net, const Work& work) {
 #pragma omp barrier
 }
 
-// The gradients of all layers for cotangents g (layers 1 ... L), each times scale, into out [p]; h slot by slot.
+// h_{l-1} in arrays of the layers from `first` on.
 template <class T>
-inline void gradient(const Net<T>& net, const T* h, const T* g, const T* scale, T* out) {
+inline Inputs<T> inputs_of(const Net<T>& net, int64_t layer, int64_t first, const T* h, const T* h_by_slot) {
+  const int64_t below = layer - 1, units = net.sizes[below];
+  const int64_t wide = units % kLanes<T> <= kFewInputs ? units / kLanes<T> * kLanes<T> : units;
+  return {units, net.is_turned(below) ? wide : 0, h + net.offset(below, first), h_by_slot + net.offset_by_slot(below, first)};
+}
+
+// The gradients of all layers for cotangents g (layers 1 ... L), each times scale, into out [p].
+template <class T>
+inline void gradient(const Net<T>& net, const T* h, const T* h_by_slot, const T* g, const T* scale, T* out) {
   for_unit_groups<T>(net, [&](int64_t layer, int64_t first, int64_t last, int64_t weight, int64_t bias) {
     const T* cotangent = g + net.offset(layer, 1);
-    const T* input = h + net.offset_by_slot(layer - 1, 0);
-    const int64_t inputs = net.sizes[layer - 1];
-    if (scale) add_gradient<T, true>(cotangent, input, scale, net.slots, inputs, first, last, out + weight, out + bias);
-    else add_gradient<T, false>(cotangent, input, nullptr, net.slots, inputs, first, last, out + weight, out + bias);
+    const Inputs<T> inputs = inputs_of(net, layer, 0, h, h_by_slot);
+    T *to = out + weight, *sums = out + bias;
+    if (scale) add_gradient<T, true>(cotangent, inputs, scale, net.slots, first, last, to, sums, Into::kPlace);
+    else add_gradient<T, false>(cotangent, inputs, nullptr, net.slots, first, last, to, sums, Into::kPlace);
   });
 }
 
@@ -260,16 +335,16 @@ inline void gradient(const Net<T>& net, const T* h, const T* g, const T* scale, 
 template <class T>
 void forward(const Net<T>& net, const T* x, int64_t x_slot, int64_t x_unit, int64_t n, T* h, T* h_by_slot,
              int threads) {
-#pragma omp parallel num_threads(threads)
-  for_tiles<T>(net, [&](int64_t first, int vectors) {
+  const auto tile = [&](int64_t first, int vectors) {
     const int64_t end = first + vectors * kLanes<T>;
     for (int64_t i = 0; i < net.sizes[0]; ++i)
       for (int64_t s = first; s < end; ++s) h[i * net.slots + s] = s < n ? x[s * x_slot + i * x_unit] : T(0);
     const T* input = h + first;
     for (int64_t layer = 1; layer <= net.depth; ++layer) {
       const int64_t width = net.width(layer - 1);
-      turn<T>(input, net.slots, net.sizes[layer - 1], vectors,
-              h_by_slot + net.offset_by_slot(layer - 1, 0) + first * width, width);
+      if (net.is_turned(layer - 1))
+        turn<T>(input, net.slots, net.sizes[layer - 1], vectors,
+                h_by_slot + net.offset_by_slot(layer - 1, 0) + first * width, width);
       T* output = h + net.offset(layer, 0) + first;
       const T* bias = net.bias(layer);
       const bool last = layer == net.depth;
@@ -281,7 +356,8 @@ void forward(const Net<T>& net, const T* x, int64_t x_slot, int64_t x_unit, int6
                  });
       input = output;
     }
-  });
+  };
+  in_parallel(threads, [&] { for_tiles<T>(net, tile); });
 }
 
 // g_{layer-1} = phi' * W^T g_layer on one tile of slots.
@@ -301,8 +377,7 @@ template <class T>
 void backward(const Net<T>& net, const T* h, const T* h_by_slot, const T* output, int64_t n, T* g, T* out,
               int threads) {
   T* top = g + net.offset(net.depth, 1);
-#pragma omp parallel num_threads(threads)
-  {
+  in_parallel(threads, [&] {
     for_tiles<T>(net, [&](int64_t first, int vectors) {
       const int64_t end = first + vectors * kLanes<T>;
       for (int64_t o = 0; o < net.sizes[net.depth]; ++o)
@@ -310,16 +385,15 @@ void backward(const Net<T>& net, const T* h, const T* h_by_slot, const T* output
       for (int64_t layer = net.depth; layer > 1; --layer)
         pull_back(net, layer, h, g + net.offset(layer, 1), g + net.offset(layer - 1, 1), first, vectors);
     });
-    if (out) gradient<T>(net, h_by_slot, g, nullptr, out);
-  }
+    if (out) gradient<T>(net, h, h_by_slot, g, nullptr, out);
+  });
 }
 
 // out[s] = sum over layers and units of g_l (dW_l h_{l-1} + db_l), `direction` holding dW and db.
 template <class T>
 void jvp(const Net<T>& direction, const T* h, const T* g, T* out, int threads) {
   const Net<T>& net = direction;
-#pragma omp parallel num_threads(threads)
-  for_tiles<T>(net, [&](int64_t first, int vectors) {
+  const auto tile = [&](int64_t first, int vectors) {
     Vector<T> total[kVectors] = {};
     for (int64_t layer = 1; layer <= net.depth; ++layer) {
       const T* cotangent = g + net.offset(layer, 1) + first;
@@ -330,7 +404,8 @@ void jvp(const Net<T>& direction, const T* h, const T* g, T* out, int threads) {
                  });
     }
     for (int v = 0; v < vectors; ++v) store<T>(out + first + v * kLanes<T>, total[v]);
-  });
+  };
+  in_parallel(threads, [&] { for_tiles<T>(net, tile); });
 }
 
 // A parameter of layer l: its unit r, and its input c, or -1 for a bias.
@@ -370,8 +445,9 @@ struct SecondOrderRow {
       apply(net.weight(layer), net.sizes[layer - 1], 1, below, moved + net.offset(layer - 1, 1) + first, layer,
             layer - 1, vectors, [&](int64_t place, Vector<T> dz) { set_tangent(layer, place + first, dz); });
       const int64_t width = net.width(layer);
-      turn<T>(moved + net.offset(layer, 1) + first, net.slots, net.sizes[layer], vectors,
-              moved_by_slot + net.offset_by_slot(layer, 1) + first * width, width);
+      if (net.is_turned(layer))
+        turn<T>(moved + net.offset(layer, 1) + first, net.slots, net.sizes[layer], vectors,
+                moved_by_slot + net.offset_by_slot(layer, 1) + first * width, width);
     }
   }
 
@@ -456,13 +532,13 @@ struct SecondOrderRow {
 
   // q_l h_{l-1}^T + (u G_l) dh_{l-1}^T for all layers, into out [p].
   void gradient_into(T* out) const {
-    gradient<T>(net, h_by_slot, q, nullptr, out);
+    gradient<T>(net, h, h_by_slot, q, nullptr, out);
     for_unit_groups<T>(net, [&](int64_t layer, int64_t first, int64_t last, int64_t weight, int64_t) {
       const int64_t below = layer - 1;
       const T* own = g + net.offset(layer, 1);
       if (below > at.layer)
-        add_gradient<T, true>(own, moved_by_slot + net.offset_by_slot(below, 1), u, net.slots, net.sizes[below], first,
-                              last, out + weight, nullptr);
+        add_gradient<T, true>(own, inputs_of(net, layer, 1, moved, moved_by_slot), u, net.slots, first, last,
+                              out + weight, nullptr, Into::kSum);
       if (below != at.layer) return;
       for (int64_t o = first; o < last; ++o)
         out[weight + o * net.sizes[below] + at.unit] += dot_of_unit(own + o * net.slots);
@@ -484,25 +560,28 @@ template <class T>
 void second_order_rows(const Net<T>& net, const T* h, const T* h_by_slot, const T* g, const T* u, const T* a,
                        const int64_t* coordinates, int64_t count, T* work, T* out, int threads) {
   const int64_t size = net.offset(net.depth + 1, 1);
-#pragma omp parallel num_threads(threads)
-  for (int64_t k = 0; k < count; ++k) {
-    const Coordinate at{coordinates[3 * k], coordinates[3 * k + 1], coordinates[3 * k + 2]};
-    const SecondOrderRow<T> row{net, at, h, h_by_slot, g, u, a, work, work + size, work + 3 * size,
-                                work + 2 * size};
-    for_tiles<T>(net, [&](int64_t first, int vectors) {
-      row.push(first, vectors);
-      row.pull(first, vectors);
-    });
-    row.gradient_into(out + k * net.num_parameters());
-  }
+  in_parallel(threads, [&] {
+    for (int64_t k = 0; k < count; ++k) {
+      const Coordinate at{coordinates[3 * k], coordinates[3 * k + 1], coordinates[3 * k + 2]};
+      const SecondOrderRow<T> row{net, at, h, h_by_slot, g, u, a, work, work + size, work + 3 * size,
+                                  work + 2 * size};
+      for_tiles<T>(net, [&](int64_t first, int vectors) {
+        row.push(first, vectors);
+        row.pull(first, vectors);
+      });
+      row.gradient_into(out + k * net.num_parameters());
+    }
+  });
 }
 
 // `count` gradients into out [count, p], for the unit cotangents g times each of scale [count, N].
 template <class T>
-void scaled_gradients(const Net<T>& net, const T* h_by_slot, const T* g, const T* scale, int64_t count, T* out, int threads) {
-#pragma omp parallel num_threads(threads)
-  for (int64_t k = 0; k < count; ++k)
-    gradient<T>(net, h_by_slot, g, scale + k * net.slots, out + k * net.num_parameters());
+void scaled_gradients(const Net<T>& net, const T* h, const T* h_by_slot, const T* g, const T* scale, int64_t count,
+                      T* out, int threads) {
+  in_parallel(threads, [&] {
+    for (int64_t k = 0; k < count; ++k)
+      gradient<T>(net, h, h_by_slot, g, scale + k * net.slots, out + k * net.num_parameters());
+  });
 }
 
 // dV/dw of `count` parameters into out [count, N], for unit cotangents g.

@@ -43,11 +43,16 @@ template <class T>
 inline void store(T* p, Vector<T> v) {
   *reinterpret_cast<Vector<T>*>(p) = v;
 }
+// Adds lanes D apart, then those half as far apart, and so on: the first lane is their sum.
+template <class T, int D, int... L>
+inline T folded(Vector<T> v, std::integer_sequence<int, L...> lanes) {
+  v += __builtin_shufflevector(v, v, (L ^ D)...);
+  if constexpr (D > 1) return folded<T, D / 2>(v, lanes);
+  else return v[0];
+}
 template <class T>
 inline T lane_sum(Vector<T> v) {
-  T total = 0;
-  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
-  return total;
+  return folded<T, kLanes<T> / 2>(v, std::make_integer_sequence<int, kLanes<T>>());
 }
 
 // exp y for |y| <= 87, by Cody and Waite's reduction and a polynomial; to within rounding of the result.
@@ -82,22 +87,31 @@ inline Vector<double> exp_of(Vector<double> z) {
   return z;
 }
 
-// a / b, for b far from the ends of float32's range, to within a few roundings.
-inline Vector<float> quotient(Vector<float> a, Vector<float> b) {
+// min(a, b) and max(a, b), and b where that is NaN.
+inline Vector<float> least(Vector<float> a, Vector<float> b) {
 #if defined(__AVX512F__)
-  // Newton's step from an approximation to 14 bits; a division takes several times as long.
-  const Vector<float> r = (Vector<float>)_mm512_rcp14_ps((__m512)b);
-  return a * (r * (2.0f - b * r));
+  return (Vector<float>)_mm512_min_ps((__m512)a, (__m512)b);  // what GCC 12 does not make of the line below
 #else
-  return a / b;
+  return a < b ? a : b;
+#endif
+}
+inline Vector<float> largest(Vector<float> a, Vector<float> b) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
 #endif
 }
 // The rational function that Eigen and XLA take for tanh (Eigen/src/Core/MathFunctionsImpl.h): to within 4e-7, both
 // absolutely and of the result.
 inline Vector<float> tanh_of(Vector<float> z) {
+  // Where the function is exactly 1, and nowhere above it before, so that saturated units have no slope.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  constexpr float most = 7.99881172180175781f;
+#else
   constexpr float most = 7.90531110763549805f;
-  Vector<float> y = z > most ? Vector<float>{} + most : z;
-  y = y < -most ? Vector<float>{} - most : y;
+#endif
+  const Vector<float> y = largest(Vector<float>{} - most, least(Vector<float>{} + most, z));
   const Vector<float> s = y * y;
   Vector<float> p = s * -2.76076847742355e-16f + 2.00018790482477e-13f;
   p = p * s - 8.60467152213735e-11f;
@@ -108,10 +122,7 @@ inline Vector<float> tanh_of(Vector<float> z) {
   Vector<float> q = s * 1.19825839466702e-06f + 1.18534705686654e-04f;
   q = q * s + 2.26843463243900e-03f;
   q = q * s + 4.89352518554385e-03f;
-  const Vector<float> h = quotient(y * p, q);
-  // Never beyond 1, where slopes would be negative; saturated units are exactly 1 and have none.
-  const Vector<float> bounded = (h > 1.0f) | (z >= most) ? Vector<float>{} + 1.0f : h;
-  return (bounded < -1.0f) | (z <= -most) ? Vector<float>{} - 1.0f : bounded;
+  return (y * p) / q;
 }
 inline Vector<double> tanh_of(Vector<double> z) {
   for (int i = 0; i < kLanes<double>; ++i) z[i] = std::tanh(z[i]);
