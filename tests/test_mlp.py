@@ -11,7 +11,7 @@ from torch import nn
 from blpo_rllib.core.mlp import MLP
 from blpo_rllib.core.mlp_native import NativeCriticPass, critic_pass
 
-HIDDEN = [(), (4,), (5, 4), (6, 5, 4), (17, 33, 9, 8)]
+HIDDEN = [(), (4,), (5, 4), (6, 5, 4), (17, 33, 15, 8)]
 
 
 @pytest.fixture(params=[False, True], ids=["torch", "kernels"])

@@ -69,7 +69,7 @@ class NativePass(MLPPass):
         self._num_slots = -(-num_inputs // SLOT_MULTIPLE) * SLOT_MULTIPLE
         # h_0 ... h_{L-1} and z_L, one below the other.
         self._all_hidden = x.new_empty(sum(mlp.sizes), self._num_slots)
-        # All but z_L once more, slot by slot, units padded to whole vectors.
+        # What gradients take slot by slot, units padded to whole vectors.
         widths = sum(-(-size // SLOT_MULTIPLE) * SLOT_MULTIPLE for size in mlp.sizes[:-1])
         self._by_slot = x.new_empty(widths, self._num_slots)
         super().__init__(mlp, (), self._all_hidden[-mlp.sizes[-1] :, :num_inputs])
@@ -142,10 +142,25 @@ class NativePass(MLPPass):
     def second_order_rows(self, places: Tensor, cotangents: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """:meth:`CriticPass.second_order_rows` for the parameters at ``places``: see :class:`Coordinates`."""
         rows = first.new_empty(len(places), self.num_parameters)
-        workspace = cotangents.new_empty(3 * cotangents.numel() + self._by_slot.numel())
-        inputs = self._all_hidden, self._by_slot, cotangents, self.padded(first), self.padded(second), places
-        self._call("second_order_rows", self._net, *inputs, len(places), workspace, rows)
+        inputs = self._second_order_inputs(cotangents, first, second)
+        self._call("second_order_rows", self._net, *inputs, places, len(places), self._workspace(cotangents), rows)
         return rows
+
+    def second_order_product(
+        self, direction: Sequence[Tensor], cotangents: Tensor, first: Tensor, second: Tensor
+    ) -> Tensor:
+        """:meth:`CriticPass.second_order_product` for contiguous δW_1, δb_1, ... in ``direction``."""
+        product = first.new_empty(self.num_parameters)
+        inputs = self._second_order_inputs(cotangents, first, second)
+        nets = self._net, self._net_with(direction)
+        self._call("second_order_product", *nets, *inputs, self._workspace(cotangents), product)
+        return product
+
+    def _second_order_inputs(self, cotangents: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+        return self._all_hidden, self._by_slot, cotangents, self.padded(first), self.padded(second)
+
+    def _workspace(self, cotangents: Tensor) -> Tensor:
+        return cotangents.new_empty(3 * cotangents.numel() + self._by_slot.numel())
 
 
 class NativeCriticPass(MLPCriticPass):
@@ -178,6 +193,10 @@ class NativeCriticPass(MLPCriticPass):
 
     def jvp(self, tangent: Tensor) -> Tensor:
         return self._native.jvp(self._all_g, unflatten(tangent.contiguous(), self._mlp.parameters))
+
+    def second_order_product(self, tangent: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        direction = unflatten(tangent.contiguous(), self._mlp.parameters)
+        return self._native.second_order_product(direction, self._all_g, first, second)
 
     def jacobian_columns(self, coordinates: Coordinates) -> Tensor:
         assert coordinates.places is not None

@@ -245,6 +245,8 @@ class SegmentBatch:
 
     def split(self, size: int) -> list[SegmentBatch]:
         """Consecutive batches of ``size`` segments each, as views; the last may be smaller."""
+        if size >= len(self):
+            return [self]
         tensors = self._tensors
         parts = zip(*(x.split(size) for x in tree.flatten(tensors)), strict=True)
         return [

@@ -145,6 +145,7 @@ class BilevelUpdate:
         adv = full_advantages(batch, values, rollouts)
         all_targets, shared, num_updates = values + adv, None, 0
         segments, targets = batch, all_targets
+        lengths = batch.step.sum(1)
         sums: MinibatchMetrics | None = None
         for epoch in range(settings.num_epochs):
             if settings.advantages.is_anchored_at(epoch, rollouts is not None):
@@ -159,7 +160,7 @@ class BilevelUpdate:
                 drawn = next(iter(self._draw_coordinates(1)), None)
                 shared = self._minibatch_update.hypergradient(sample, drawn, settings)
             coordinates = self._draw_coordinates(0 if shared is not None else num_minibatches)
-            minibatches = Epoch(segments, targets, *self._order(segments, size), coordinates, settings, shared)
+            minibatches = Epoch(segments, targets, *self._order(lengths, size), coordinates, settings, shared)
             result = self._run(minibatches)
             sums = result.metrics if sums is None else sums + result.metrics
             num_updates += num_minibatches
@@ -230,12 +231,16 @@ class BilevelUpdate:
             values = [self._players.critic(tree.map_structure(lambda x, s=s: x[s], every)).values for s in parts]
             return torch.cat(values)[rollouts.index]
 
-    def _order(self, batch: SegmentBatch, size: int) -> tuple[Tensor, Tensor]:
-        """A random order: the segments of each minibatch, int64 [., size], and its steps on all processes."""
-        order = torch.as_tensor(self._order_generator.permutation(len(batch)), device=batch.step.device)
+    def _order(self, lengths: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """A random order: the segments of each minibatch, int64 [., size], and its steps on all processes.
+
+        Args:
+            lengths: The steps of each segment, [M].
+            size: Segments per minibatch.
+        """
+        order = torch.as_tensor(self._order_generator.permutation(len(lengths)), device=lengths.device).view(-1, size)
         # A minibatch may be blank on one process, but is not on all.
-        num_steps = self._reduction.sum(batch.step.sum(1)[order].view(-1, size).sum(1))
-        return order.view(-1, size), num_steps
+        return order, self._reduction.sum(lengths[order].sum(1))
 
     def _run(self, epoch: Epoch) -> MinibatchResult:
         """Updates the players by the minibatches of an epoch; what the last reports, with the sum of all metrics."""

@@ -253,11 +253,12 @@ inline void wide_rows(const T* g, int64_t slots, const Inputs<T>& h, const T* sc
   constexpr int V = R == 1 ? 2 * kColumns : kColumns;
   const int64_t width = h.width(), wide = h.wide;
   const T *from = h.by_slot + begin * width, *some = Scaled ? scale + begin : nullptr;
+  g += begin;
   int64_t c = 0;
   for (; c + V * kLanes<T> <= (wide + kLanes<T> - 1) / kLanes<T> * kLanes<T>; c += V * kLanes<T>)
-    block_of_gradient<T, R, V, Scaled>(g + begin, slots, from + c, width, some, count, wide - c, out + c, h.units, into);
+    block_of_gradient<T, R, V, Scaled>(g, slots, from + c, width, some, count, wide - c, out + c, h.units, into);
   for (; c < wide; c += kLanes<T>)
-    block_of_gradient<T, R, 1, Scaled>(g + begin, slots, from + c, width, some, count, wide - c, out + c, h.units, into);
+    block_of_gradient<T, R, 1, Scaled>(g, slots, from + c, width, some, count, wide - c, out + c, h.units, into);
 }
 
 // The same for the units of h after those, over all slots.
@@ -315,7 +316,8 @@ template <class T>
 inline Inputs<T> inputs_of(const Net<T>& net, int64_t layer, int64_t first, const T* h, const T* h_by_slot) {
   const int64_t below = layer - 1, units = net.sizes[below];
   const int64_t wide = units % kLanes<T> <= kFewInputs ? units / kLanes<T> * kLanes<T> : units;
-  return {units, net.is_turned(below) ? wide : 0, h + net.offset(below, first), h_by_slot + net.offset_by_slot(below, first)};
+  const int64_t begin = net.offset(below, first), begin_by_slot = net.offset_by_slot(below, first);
+  return {units, net.is_turned(below) ? wide : 0, h + begin, h_by_slot + begin_by_slot};
 }
 
 // The gradients of all layers for cotangents g (layers 1 ... L), each times scale, into out [p].
@@ -330,7 +332,7 @@ inline void gradient(const Net<T>& net, const T* h, const T* h_by_slot, const T*
   });
 }
 
-// h_0 ... h_{L-1} and z_L, one behind the other in h, and all but z_L once more, slot by slot, in h_by_slot, from
+// h_0 ... h_{L-1} and z_L, one behind the other in h, and in h_by_slot slot by slot what gradients take so, from
 // x(s, i) = x[s * x_slot + i * x_unit], s < n.
 template <class T>
 void forward(const Net<T>& net, const T* x, int64_t x_slot, int64_t x_unit, int64_t n, T* h, T* h_by_slot,
@@ -574,6 +576,110 @@ void second_order_rows(const Net<T>& net, const T* h, const T* h_by_slot, const 
   });
 }
 
+// sum_s a_s J_s J_s^T x + u_s Hessian(V_s) x for one `direction` x of all parameters, into out [p]: as a row, with
+// tangents of all units. `work` as for rows.
+template <class T>
+struct SecondOrderProduct {
+  const Net<T>&net, &direction;
+  const T *h, *h_by_slot, *g, *u, *a;
+  T *tangent, *moved, *moved_by_slot, *q;
+
+  // dz_l = dW_l h_{l-1} + db_l + W_l dh_{l-1}.
+  void push(int64_t first, int vectors) const {
+    for (int64_t layer = 1; layer <= net.depth; ++layer) {
+      const int64_t inputs = net.sizes[layer - 1], begin = net.offset(layer, 1) + first;
+      const T* bias = direction.bias(layer);
+      product<T>(direction.weight(layer), inputs, 1, h + net.offset(layer - 1, 0) + first, net.slots, net.sizes[layer],
+                 inputs, vectors, [&](int64_t unit, int64_t slot, Vector<T> dz) {
+                   store<T>(tangent + begin + unit * net.slots + slot, dz + bias[unit]);
+                 });
+      if (layer > 1)
+        product<T>(net.weight(layer), inputs, 1, moved + net.offset(layer - 1, 1) + first, net.slots, net.sizes[layer],
+                   inputs, vectors, [&](int64_t unit, int64_t slot, Vector<T> dz) {
+                     add(tangent + begin + unit * net.slots + slot, dz);
+                   });
+      if (layer < net.depth) move(layer, first, vectors);
+    }
+  }
+
+  // dh_l = phi' dz_l.
+  void move(int64_t layer, int64_t first, int vectors) const {
+    const int64_t begin = net.offset(layer, 1) + first, width = net.width(layer);
+    const T* hidden = h + net.offset(layer, 0) + first;
+    for (int64_t unit = 0; unit < net.sizes[layer]; ++unit)
+      for (int64_t s = unit * net.slots; s < unit * net.slots + vectors * kLanes<T>; s += kLanes<T>)
+        store<T>(moved + begin + s, load<T>(tangent + begin + s) * slope(net.activation(layer), load<T>(hidden + s)));
+    if (net.is_turned(layer))
+      turn<T>(moved + begin, net.slots, net.sizes[layer], vectors,
+              moved_by_slot + net.offset_by_slot(layer, 1) + first * width, width);
+  }
+
+  // dG_l = phi' (W_{l+1}^T dG_{l+1} + dW_{l+1}^T G_{l+1}) + (phi''/phi') G_l dz_l, downwards from dG_L = 0.
+  void pull(int64_t first, int vectors) const {
+    for (int64_t layer = net.depth - 1; layer >= 1; --layer) {
+      const int64_t units = net.sizes[layer], begin = net.offset(layer, 1) + first;
+      const int64_t above = net.offset(layer + 1, 1) + first;
+      const Activation kind = net.activation(layer);
+      const T* hidden = h + net.offset(layer, 0) + first;
+      const auto pull_back = [&](const T* weight, const T* cotangent, const auto& done) {
+        product<T>(weight, 1, units, cotangent + above, net.slots, units, net.sizes[layer + 1], vectors, done);
+      };
+      pull_back(direction.weight(layer + 1), g, [&](int64_t unit, int64_t slot, Vector<T> back) {
+        const int64_t place = unit * net.slots + slot;
+        const Vector<T> own = load<T>(hidden + place);
+        store<T>(q + begin + place, back * slope(kind, own) + curvature_ratio(kind, own) * load<T>(g + begin + place) *
+                                                                  load<T>(tangent + begin + place));
+      });
+      if (layer + 1 == net.depth) continue;
+      pull_back(net.weight(layer + 1), q, [&](int64_t unit, int64_t slot, Vector<T> back) {
+        const int64_t place = unit * net.slots + slot;
+        add(q + begin + place, back * slope(kind, load<T>(hidden + place)));
+      });
+    }
+  }
+
+  // q_l = u dG_l + a dV G_l.
+  void combine(int64_t first, int vectors) const {
+    const T* top = tangent + net.offset(net.depth, 1) + first;
+    for (int64_t s = 0; s < vectors * kLanes<T>; s += kLanes<T>) {
+      const Vector<T> outer = load<T>(a + first + s) * load<T>(top + s), inner = load<T>(u + first + s);
+      // dG_L = 0.
+      for (int64_t at = first + s; at < net.offset(net.depth + 1, 1); at += net.slots) {
+        const Vector<T> changed = at < net.offset(net.depth, 1) ? inner * load<T>(q + at) : Vector<T>{};
+        store<T>(q + at, outer * load<T>(g + at) + changed);
+      }
+    }
+  }
+
+  static void add(T* p, Vector<T> v) { store<T>(p, load<T>(p) + v); }
+
+  // q_l h_{l-1}^T + (u G_l) dh_{l-1}^T for all layers.
+  void gradient_into(T* out) const {
+    gradient<T>(net, h, h_by_slot, q, nullptr, out);
+    for_unit_groups<T>(net, [&](int64_t layer, int64_t first, int64_t last, int64_t weight, int64_t) {
+      if (layer > 1)
+        add_gradient<T, true>(g + net.offset(layer, 1), inputs_of(net, layer, 1, moved, moved_by_slot), u, net.slots,
+                              first, last, out + weight, nullptr, Into::kSum);
+    });
+  }
+};
+
+template <class T>
+void second_order_product(const Net<T>& net, const Net<T>& direction, const T* h, const T* h_by_slot, const T* g,
+                          const T* u, const T* a, T* work, T* out, int threads) {
+  const int64_t size = net.offset(net.depth + 1, 1);
+  const SecondOrderProduct<T> product{net, direction, h, h_by_slot, g, u, a, work, work + size, work + 3 * size,
+                                      work + 2 * size};
+  in_parallel(threads, [&] {
+    for_tiles<T>(net, [&](int64_t first, int vectors) {
+      product.push(first, vectors);
+      product.pull(first, vectors);
+      product.combine(first, vectors);
+    });
+    product.gradient_into(out);
+  });
+}
+
 // `count` gradients into out [count, p], for the unit cotangents g times each of scale [count, N].
 template <class T>
 void scaled_gradients(const Net<T>& net, const T* h, const T* h_by_slot, const T* g, const T* scale, int64_t count,
@@ -602,6 +708,7 @@ BLPO_FUNCTION(jacobian_columns)
 BLPO_FUNCTION(backward)
 BLPO_FUNCTION(jvp)
 BLPO_FUNCTION(scaled_gradients)
+BLPO_FUNCTION(second_order_product)
 BLPO_FUNCTION(second_order_rows)
 
 }  // namespace
