@@ -8,12 +8,14 @@ import pytest
 import torch
 from episodes import OBS_SIZE, episode, mixed_episodes
 from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.connectors.common import NumpyToTensor
+from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.core.columns import Columns
 from test_gae import loop_advantages
 
 from blpo_rllib import BLPOConfig
 from blpo_rllib.core.reduction import Reduction
-from blpo_rllib.learning.connectors import RewardScale
+from blpo_rllib.learning.connectors import DivideRewards, PackSegments, RewardScale, pack_on_host
 
 
 def config(**training):
@@ -114,6 +116,22 @@ def test_rewards_are_divided_by_the_scale():
     scaled = segments_of(learner, episodes)
     torch.testing.assert_close(scaled.rewards * learner._reward_scale.scale("default_policy"), plain.rewards)
     assert learner._reward_scale.scale("default_policy") != 1.0
+
+
+def test_segments_are_packed_before_tensors_are_made_unless_somebody_takes_these():
+    class Reader(ConnectorV2):
+        def __call__(self, *, batch, **kwargs):
+            return batch
+
+    for behind, last in ((None, DivideRewards), (Reader(), PackSegments)):
+        pipeline = config(normalize_rewards=True).build_learner()._learner_connector
+        if behind is not None:
+            pipeline.insert_after(NumpyToTensor, behind)
+        for _ in range(2):
+            pack_on_host(pipeline)
+            types = [type(c) for c in pipeline.connectors]
+            assert types[-1] is last
+            assert (types.index(PackSegments) < types.index(NumpyToTensor)) == (behind is None)
 
 
 def test_learning_rate_schedules():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import tree
+from ray.rllib.connectors.common import NumpyToTensor
 from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.connectors.learner import GeneralAdvantageEstimation, LearnerConnectorPipeline
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -91,8 +92,8 @@ def _states_in(episode: Any, module: Any) -> Any:
 class PackSegments(ConnectorV2):
     """Turns a flat batch of episodes into trajectory segments, [n, ...] into [M, S, ...] per column and module.
 
-    It stands before RLlib's ``NumpyToTensor``, where the data are on the host: segments are laid out there, and each
-    column is sent to the device once. It needs RLlib's ``AddOneTsToEpisodesAndTruncate`` before it, which appends
+    The connector ends the learner pipeline, or stands where :func:`pack_on_host` puts it. Segments are laid out on the
+    host. It needs RLlib's ``AddOneTsToEpisodesAndTruncate`` before it, which appends
     to every episode or fragment its last observation and marks it False in the loss mask. The minibatch size reaches
     the connector under :data:`MINIBATCH_SIZE` in ``shared_data``. Observations of a recurrent
     module, which :class:`AddStateOfEachStep` gave states, become :func:`recurrent_observation`. Sizes that the host has
@@ -166,6 +167,21 @@ class PackSegments(ConnectorV2):
 def _mask(column: Any) -> np.ndarray:
     """A column of 0 and 1 on the host, [n]."""
     return convert_to_numpy(column).astype(bool)
+
+
+def pack_on_host(pipeline: LearnerConnectorPipeline) -> None:
+    """Lets :class:`PackSegments` have the data before ``NumpyToTensor`` sends them to the device.
+
+    It then sends each column once, and none has to be read back. Where other connectors stand behind ``NumpyToTensor``,
+    which take tensors of single items there, nothing changes.
+    """
+    connectors = pipeline.connectors
+    types = [type(connector) for connector in connectors]
+    if types.count(PackSegments) != 1 or NumpyToTensor not in types:
+        return
+    place, pack = types.index(NumpyToTensor), types.index(PackSegments)
+    if pack > place and {*types[place + 1 :]} <= {DivideRewards, PackSegments}:
+        connectors.insert(place, connectors.pop(pack))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import gymnasium as gym
 import torch
 import tree
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
-from ray.rllib.connectors.common import NumpyToTensor
 from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.connectors.learner import AddTimeDimToBatchAndZeroPad, GeneralAdvantageEstimation
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -49,6 +48,7 @@ from blpo_rllib.learning.connectors import (
     PackSegments,
     RewardScale,
     normalize_rewards,
+    pack_on_host,
 )
 from blpo_rllib.learning.direct import run_pipeline
 from blpo_rllib.learning.players import (
@@ -136,7 +136,7 @@ class BLPOTorchLearner(PPOTorchLearner):
         self._learner_connector.insert_before(AddTimeDimToBatchAndZeroPad, AddStateOfEachStep())
         width_multiple = GRAPHED_WIDTH_MULTIPLE if self._makes_graphs else REPLAYED_WIDTH_MULTIPLE
         pack = PackSegments(self._plan_segments, self._blank_item, width_multiple, self._device)
-        self._learner_connector.insert_before(NumpyToTensor, pack)
+        self._learner_connector.append(pack)
         self._meeting_connectors.append(pack)
 
     @override(TorchLearner)
@@ -472,6 +472,7 @@ class BLPOTorchLearner(PPOTorchLearner):
         assert self._learner_connector is not None
         shared_data: dict[str, Any] = {MINIBATCH_SIZE: minibatch_size, BATCH_SIZES: {}}
         columns: dict[str, Any] = {}
+        pack_on_host(self._learner_connector)
         if episodes:
             columns = run_pipeline(self._learner_connector, self.module, episodes, shared_data, self.metrics)
         else:
