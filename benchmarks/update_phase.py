@@ -23,6 +23,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
@@ -52,6 +53,7 @@ class Shape:
     model: dict[str, Any] = field(default_factory=dict)
     segment_length: int | None = None
     segments_per_minibatch: int = 1
+    frozen_encoders: bool = False
 
     @property
     def minibatch_size(self) -> int:
@@ -81,6 +83,7 @@ SHAPES = {
     "wide": Shape(64, 4096, 1, (11,), _BOX, 3, _WIDE),
     "large": Shape(4096, 64, 1, (11,), _BOX, 3, _WIDE, segment_length=64, segments_per_minibatch=512),
     "cnn": Shape(4, 128, 1, (84, 84, 4), gym.spaces.Discrete(6), 2, _NATURE),
+    "frozen_cnn": Shape(4, 128, 1, (84, 84, 4), gym.spaces.Discrete(6), 2, _NATURE, frozen_encoders=True),
 }
 
 
@@ -115,7 +118,11 @@ def learners(shape: Shape, rank: int, device: str, own_ppo: bool = False) -> dic
         configs["own_ppo"] = as_ppo(configure(BLPOConfig(), shape, device))
     if device == "cuda":
         configs["blpo_eager"] = configs["blpo"].copy(copy_frozen=False).training(cuda_graphs=False)
-    return {name: config.build_learner() for name, config in configs.items()}
+    made = {name: config.build_learner() for name, config in configs.items()}
+    if shape.frozen_encoders:
+        for learner in made.values():
+            learner.module[DEFAULT_MODULE_ID].unwrapped().encoder.requires_grad_(False)
+    return made
 
 
 def random_episodes(shape: Shape, seed: int) -> list[SingleAgentEpisode]:

@@ -6,19 +6,24 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from problems import FLOAT64, NUM_ACTIONS, SmallPlayers, critic_loss, random_batch
+from problems import FLOAT64, NUM_ACTIONS, SmallPlayers, compiled_kernels, critic_loss, random_batch
+from ray.rllib.algorithms.ppo.ppo_catalog import PPOCatalog
+from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
 from ray.rllib.core.columns import Columns
+from ray.rllib.core.models.base import ENCODER_OUT
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from test_hypergradient import LEADER, NONE, actor_of, check, surrogate_sum, vectors
 from test_mlp import check_critic_products
+from test_update import SETTINGS
 from torch import nn
 
 from blpo_rllib.core import mlp
 from blpo_rllib.core.convolutions import ConvolutionalCriticPass
 from blpo_rllib.core.curvature import GaussNewton, Hessian
 from blpo_rllib.core.hypergradient import Correction, hypergradient
-from blpo_rllib.core.ihvp import Exact
-from blpo_rllib.core.networks import AutogradCriticPass, unflatten
+from blpo_rllib.core.ihvp import Exact, Nystrom
+from blpo_rllib.core.networks import AutogradCriticPass, flatten, unflatten
+from blpo_rllib.core.update import BilevelUpdate
 from blpo_rllib.learning.players import RLModulePlayers
 from blpo_rllib.learning.rl_module import REFERENCE_MODEL_CONFIG, BLPOTorchRLModule
 
@@ -188,3 +193,56 @@ def test_images_of_bytes_and_bits(dtype, high, scale):
         for module, obs in zip(modules, (image, image.float() / scale), strict=True)
     ]
     torch.testing.assert_close(*values)
+
+
+def frozen_module(which, model):
+    """With encoders of the actor, the critic or both that are not trained, or with one of both."""
+    space = gym.spaces.Box(-1, 1, (7, 9, 2), np.float32)
+    if which != "shared":
+        module = images_module(space, **{"conv_activation": "relu"} | model).double()
+        names = [which] if which in ("actor", "critic") else ["actor", "critic"]
+        trunks = [getattr(module.encoder, f"{name}_encoder") for name in names]
+    else:
+        torch.manual_seed(0)
+        model = {"conv_filters": [[4, 3, 2]], "conv_activation": "relu", "head_fcnet_hiddens": [8]} | model
+        config = model | {"vf_share_layers": True, "head_fcnet_activation": "tanh"}
+        actions = gym.spaces.Discrete(3)
+        module = RLModuleSpec(DefaultPPOTorchRLModule, space, actions, model_config=config, catalog_class=PPOCatalog)
+        module = module.build().double()
+        trunks = [module.encoder.encoder]
+    for trunk in trunks:
+        trunk.requires_grad_(False)
+    return module, trunks
+
+
+@pytest.mark.parametrize("by_kernels", [False, True], ids=["torch", "kernels"])
+@pytest.mark.parametrize("model", [{}, {"head_fcnet_hiddens": []}], ids=["one hidden layer", "linear heads"])
+@pytest.mark.parametrize("which", ["actor", "critic", "both", "shared"])
+def test_frozen_trunks_are_applied_once_an_update(which, model, by_kernels):
+    """The update is that of networks which are differentiated automatically, from the images on."""
+    results, kernels = [], compiled_kernels() if by_kernels else None
+    batch = random_batch(num_segments=4, kernels=kernels)
+    batch = replace(
+        batch,
+        obs=torch.randn(*batch.step.shape, 7, 9, 2, dtype=FLOAT64),
+        actions=torch.randint(3, batch.step.shape),
+        old_dist_inputs=torch.randn(*batch.step.shape, 3, dtype=FLOAT64),
+    )
+    for cls in (RLModulePlayers, AutomaticPlayers):
+        module, trunks = frozen_module(which, model)
+        players, rows = cls(module, "m", kernels=kernels), []
+        optimizers = [torch.optim.Adam(p, lr=1e-2, fused=True) for p in (players.actor_members, players.critic_members)]
+        update = BilevelUpdate(players, *optimizers, Hessian, Nystrom(3, 0.5, 1.0), 0, NONE, None, kernels)
+        for trunk in trunks:
+            trunk.register_forward_hook(lambda _, inputs, outputs, rows=rows: rows.append(len(outputs[ENCODER_OUT])))
+        before = flatten([p.detach().clone() for p in module.parameters()])
+        metrics = [update.run(batch, 2, SETTINGS) for _ in range(2)]
+        after = flatten([p.detach() for p in module.parameters()])
+        trainable = flatten([torch.full_like(p, p.requires_grad) for p in module.parameters()]).bool()
+        assert not (before != after)[~trainable].any()
+        assert (before != after)[trainable].double().mean() > 0.9
+        if cls is RLModulePlayers:
+            assert sum(rows) == 2 * len(trunks) * batch.step.numel()
+        results.append((after, metrics[1]))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-7, atol=1e-9)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-5, abs=1e-8)

@@ -126,6 +126,11 @@ def automatic(learner):
     players._critic_mlp = players._actor_mlp = None
 
 
+def frozen(learner):
+    """Convolutions are not trained: a minibatch begins with what they make of its images."""
+    learner.module[MODULE].unwrapped().encoder.requires_grad_(False)
+
+
 # Settings, and the most kernels that a minibatch may take.
 CASES = {
     "gaussian": ({}, 490),
@@ -141,6 +146,10 @@ CASES = {
     "three layers": ({"model": {"fcnet_hiddens": [64, 64, 64]}}, 610),
     "automatic": ({"change": automatic}, 550),
     "convolutions": ({"observation_space": IMAGE, "action_space": ACTIONS, "model": CONVOLUTIONS}, 580),
+    "frozen convolutions": (
+        {"observation_space": IMAGE, "action_space": ACTIONS, "model": CONVOLUTIONS, "change": frozen},
+        320,
+    ),
     "convolutions, redrawn": (
         {"observation_space": IMAGE, "action_space": ACTIONS, "model": CONVOLUTIONS, "nystrom_redraw": True},
         # More than that where a draw falls on convolutions.

@@ -31,6 +31,13 @@ class Players(ABC):
     critic_parameters: list[Tensor]
     actor_rate_factors: list[float] | None = None
 
+    def prepared(self, obs: Any) -> Any:
+        """What :meth:`critic` and :meth:`actor` may get in place of the observations [n, ...] throughout an update.
+
+        With frozen networks below, what these make of the observations.
+        """
+        return obs
+
     @abstractmethod
     def critic(self, obs: Any) -> CriticPass:
         """The critic at observations [n, ...]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,9 @@ class BilevelUpdate:
         if self._graphed is not None:
             self._graphed.start_phase()
         size = len(batch) // num_minibatches
+        if self._added is None:
+            # Added losses look at observations.
+            batch = self._prepared(batch, size)
         values = self._values(batch, size, rollouts)
         adv = full_advantages(batch, values, rollouts)
         all_targets, shared, num_updates = values + adv, None, 0
@@ -216,6 +220,15 @@ class BilevelUpdate:
             return [self._drawn[1]] * count
         everything, ends = self._players.coordinates(np.concatenate(chosen)), np.cumsum([len(x) for x in chosen])
         return [everything[end - len(indices) : end] for indices, end in zip(chosen, ends, strict=True)]
+
+    def _prepared(self, batch: SegmentBatch, size: int) -> SegmentBatch:
+        """The batch as the players' passes take it, made from ``size`` segments at a time."""
+        parts = [slots(part.obs) for part in batch.split(size)]
+        prepared = [self._players.prepared(part) for part in parts]
+        if prepared[0] is parts[0]:
+            return batch
+        shape = batch.step.shape
+        return replace(batch, obs=tree.map_structure(lambda *x: torch.cat(x).unflatten(0, shape), *prepared))
 
     def _values(self, batch: SegmentBatch, size: int, rollouts: Rollouts | None) -> Tensor:
         """V under the present critic, [M, S]."""

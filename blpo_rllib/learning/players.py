@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -12,11 +12,12 @@ import tree
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorical, TorchDiagGaussian
+from ray.rllib.core.models.base import ENCODER_OUT
 from ray.rllib.core.models.torch.encoder import TorchCNNEncoder, TorchMLPEncoder
 from ray.rllib.core.models.torch.heads import TorchFreeLogStdMLPHead, TorchMLPHead
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.utils.spaces.space_utils import get_dummy_batch_for_space
-from torch import Tensor
+from torch import Tensor, nn
 
 from blpo_rllib.core.convolutions import ConvolutionalCritic
 from blpo_rllib.core.mlp import MLP, MLPActorPass
@@ -28,6 +29,11 @@ from blpo_rllib.core.policy_heads import AutogradTerms, CategoricalTerms, Gaussi
 from blpo_rllib.learning.recurrence import SlotwiseModule, recurrent_observation, sequences, slotwise
 from blpo_rllib.learning.rl_module import BLPOTorchRLModule, unit_interval
 from blpo_rllib.rllib_private import training_pass
+
+# Stand for an observation where frozen networks have been applied to it; see `RLModulePlayers.prepared`.
+ACTOR_INPUT, CRITIC_INPUT = "actor_input", "critic_input"
+
+_HEADS = (TorchMLPHead, TorchFreeLogStdMLPHead)
 
 
 class SharedParametersError(ValueError):
@@ -73,10 +79,12 @@ class RLModulePlayers(Players):
         self._critic_cnn: ConvolutionalCritic | None = None
         self._actor_mlp: MLP | None = None
         self._log_std: Tensor | None = None
+        # Frozen encoders under trainable perceptrons.
+        self._critic_trunk: nn.Module | None = None
+        self._actor_trunk: nn.Module | None = None
         self._find_networks()
         # Frozen ones belong to neither.
-        self.actor_parameters = [p for p in self.actor_members if p.requires_grad]
-        self.critic_parameters = [p for p in self.critic_members if p.requires_grad]
+        self.actor_parameters, self.critic_parameters = map(_trainable, (self.actor_members, self.critic_members))
         log_std = getattr(getattr(module, "pi", None), "log_std", None)
         self.actor_rate_factors = [log_std_lr_factor if p is log_std else 1.0 for p in self.actor_parameters]
         for player, found in {"critic": self.critic_parameters, "actor": self.actor_parameters}.items():
@@ -124,22 +132,56 @@ class RLModulePlayers(Players):
         if cnn is not None and _same(cnn.parameters, self.critic_members):
             self.critic_members = cnn.parameters
             self._critic_cnn = cnn if _all_trainable(self.critic_members) else None
+        if default_values:
+            trunk, mlp = frozen_trunk(encoder, "critic"), head_perceptron(self._module.vf)
+            if trunk is not None and mlp is not None and _same(mlp.parameters, _trainable(self.critic_members)):
+                self._critic_trunk, self._critic_mlp = trunk, mlp
+                self.critic_members = _frozen(self.critic_members) + mlp.parameters
         default_policy = training_pass(cls) in map(training_pass, (BLPOTorchRLModule, DefaultPPOTorchRLModule))
-        mlp = perceptron(getattr(encoder, "actor_encoder", None), self._module.pi) if default_policy else None
+        if not default_policy:
+            return
+        log_std = getattr(self._module.pi, "log_std", None)
+        mlp = perceptron(getattr(encoder, "actor_encoder", None), self._module.pi)
         if mlp is not None:
-            log_std = getattr(self._module.pi, "log_std", None)
             found = mlp.parameters + ([] if log_std is None else [log_std])
             if _same(found, self.actor_members):
                 self.actor_members = found
-                self._log_std_clip = _log_std_clip(self._module.pi)
-                if _all_trainable(found):
-                    self._actor_mlp, self._log_std = mlp, log_std
+                self._take_actor_mlp(mlp if _all_trainable(found) else None)
+        trunk, mlp = frozen_trunk(encoder, "actor"), head_perceptron(self._module.pi)
+        if trunk is not None and mlp is not None:
+            found = mlp.parameters + ([] if log_std is None else [log_std])
+            if _same(found, _trainable(self.actor_members)):
+                self._actor_trunk = trunk
+                self.actor_members = _frozen(self.actor_members) + found
+                self._take_actor_mlp(mlp)
+
+    def _take_actor_mlp(self, mlp: MLP | None) -> None:
+        self._log_std_clip = _log_std_clip(self._module.pi)
+        if mlp is not None:
+            self._actor_mlp, self._log_std = mlp, getattr(self._module.pi, "log_std", None)
+
+    @torch.no_grad()
+    def prepared(self, obs: Any) -> Any:
+        """What stands for observations [n, ...] while frozen encoders stay as they are: what these make of them."""
+        if self._critic_trunk is None and self._actor_trunk is None:
+            return obs
+        if self._critic_trunk is self._actor_trunk:
+            return {CRITIC_INPUT: _apply(self._critic_trunk, obs)}
+        return {CRITIC_INPUT: _apply(self._critic_trunk, obs), ACTOR_INPUT: _apply(self._actor_trunk, obs)}
+
+    def _input(self, player: str, trunk: nn.Module | None, obs: Any) -> Any:
+        """What a player's trainable networks take."""
+        if isinstance(obs, dict) and CRITIC_INPUT in obs:
+            return obs.get(player, obs[CRITIC_INPUT])
+        with torch.no_grad():
+            return _apply(trunk, obs)
 
     def coordinates(self, indices: np.ndarray) -> Coordinates:
         network = self._critic_mlp or self._critic_cnn
         return super().coordinates(indices) if network is None else network.coordinates(indices)
 
     def critic(self, obs: Any) -> CriticPass:
+        obs = self._input(CRITIC_INPUT, self._critic_trunk, obs)
         if self._critic_mlp is not None:
             return critic_pass(self._critic_mlp, obs, self._kernels)
         if self._critic_cnn is None:
@@ -153,10 +195,11 @@ class RLModulePlayers(Players):
 
     def are_current(self) -> bool:
         """Whether the same parameters are trainable as when these players were made."""
-        trainable = [p for p in (*self.actor_members, *self.critic_members) if p.requires_grad]
+        trainable = _trainable([*self.actor_members, *self.critic_members])
         return _same(trainable, [*self.actor_parameters, *self.critic_parameters])
 
     def actor(self, obs: Any, actions: Any, old_dist_inputs: Tensor | None) -> ActorPass:
+        obs = self._input(ACTOR_INPUT, self._actor_trunk, obs)
         if self._actor_mlp is None:
             inputs = self.forward_train(batch_of(obs, actions))[Columns.ACTION_DIST_INPUTS]
             terms = self._terms(inputs, actions, old_dist_inputs)
@@ -264,9 +307,27 @@ def _depends_on(output: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, T
 
 def perceptron(encoder: Any, head: Any) -> MLP | None:
     """RLlib's MLP encoder and head as one perceptron, or None if they are something else."""
-    if type(encoder) is not TorchMLPEncoder or type(head) not in (TorchMLPHead, TorchFreeLogStdMLPHead):
+    if type(encoder) is not TorchMLPEncoder or type(head) not in _HEADS:
         return None
     return MLP.of([encoder.net, head.net])
+
+
+def head_perceptron(head: Any) -> MLP | None:
+    """One of RLlib's heads alone, or None if it is something else."""
+    return MLP.of([head.net]) if type(head) in _HEADS else None
+
+
+def frozen_trunk(encoder: Any, player: str) -> nn.Module | None:
+    """RLlib's encoder of a player, "actor" or "critic", or of both, if it has parameters but none is trained."""
+    found = getattr(encoder, f"{player}_encoder", None) or getattr(encoder, "encoder", None)
+    if found is None or type(found) not in (TorchMLPEncoder, TorchCNNEncoder):
+        return None
+    parameters = list(found.parameters())
+    return found if parameters and not _trainable(parameters) else None
+
+
+def _apply(trunk: nn.Module | None, obs: Any) -> Any:
+    return obs if trunk is None else trunk(batch_of(obs))[ENCODER_OUT]
 
 
 def convolutional(encoder: Any, head: Any) -> ConvolutionalCritic | None:
@@ -278,6 +339,14 @@ def convolutional(encoder: Any, head: Any) -> ConvolutionalCritic | None:
 
 def _all_trainable(parameters: list[Tensor]) -> bool:
     return all(p.requires_grad for p in parameters)
+
+
+def _trainable(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [p for p in parameters if p.requires_grad]
+
+
+def _frozen(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [p for p in parameters if not p.requires_grad]
 
 
 def _same(found: list[Tensor], expected: list[Tensor]) -> bool:
