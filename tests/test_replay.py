@@ -112,7 +112,10 @@ def test_replayed_equals_plain_for_every_switch(discrete, solver, curvature):
     for leader, correction, grad_clip in itertools.product(LEADERS, CORRECTIONS, (None, 0.05)):
         players, batch = players_and_batch(discrete)
         settings = replace(SETTINGS, leader=leader, correction=correction, grad_clip=grad_clip)
-        check(twice(players, solver, curvature), batch, 3, settings)
+        updates = twice(players, solver, curvature)
+        check(updates, batch, 3, settings)
+        _, plan = updates[0][0]._replayed._latest
+        assert (plan.relative_residual() is None) == (solver is None), "the residual is replayed as well"
 
 
 @pytest.mark.parametrize("sample", ["minibatch", "batch"])

@@ -319,9 +319,11 @@ class MinibatchUpdate:
             added=terms,
         )
 
-    def curvature(self, batch: Minibatch) -> Curvature:
-        """The follower's curvature at the present players."""
-        return self._curvature_at(self.critic_loss(batch), self._added_terms(batch))
+    def relative_residual(self, batch: Minibatch, result: MinibatchResult) -> Tensor:
+        """How well the solver's x solves the system on ``batch`` at the present players; needs a solver."""
+        assert self._solver is not None
+        curvature = self._curvature_at(self.critic_loss(batch), self._added_terms(batch))
+        return self._solver.relative_residual(curvature, result.grad_critic, result.ihvp)
 
     def _curvature_at(self, loss: CriticLoss, terms: AddedTerms | None) -> Curvature:
         curvature = self._curvature(loss, self._reduction)

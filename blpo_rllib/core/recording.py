@@ -81,6 +81,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self._kernels, self._dtype, self._inputs = kernels, dtype, inputs
         self._calls: list[Call] = []
+        self._num_repeated: int | None = None
         self.round = torch.zeros(1, dtype=torch.int64)
         self._buffers: dict[int, _Buffer] = {}
         # Keeps every array of the recorded run in memory, so that an address means one array only.
@@ -126,6 +127,10 @@ class Recorder(TorchDispatchMode):
         storage = tensor.untyped_storage()
         self._buffers[storage.data_ptr()] = _Buffer(item_size, storage.nbytes() // tensor.element_size() * item_size)
         self._arrays.append(tensor)
+
+    def end_repetition(self) -> None:
+        """What follows is not repeated: :meth:`Replay.run_rest` runs it, if it is asked for."""
+        self._num_repeated = len(self._calls)
 
     def call(self, name: str, *args: Argument) -> None:
         """Writes down a call of a compiled function."""
@@ -185,7 +190,8 @@ class Recorder(TorchDispatchMode):
             calls.append((self._kernels.address(call.name, self._dtype), ctypes.addressof(words)))
             alive.append((words, more))
         taken = [view(x) if buffer_of(x).last >= 0 else None for x in self._inputs]
-        return Replay(self._kernels, memory, calls, alive, taken, [view(x) for x in outputs], self.round)
+        repeated = len(due) + (len(self._calls) if self._num_repeated is None else self._num_repeated)
+        return Replay(self._kernels, memory, calls, repeated, alive, taken, [view(x) for x in outputs], self.round)
 
 
 class Replay:
@@ -201,15 +207,18 @@ class Replay:
         kernels: Kernels,
         memory: Tensor,
         calls: Sequence[tuple[int, int]],
+        num_repeated: int,
         alive: Any,
         inputs: Sequence[Tensor | None],
         outputs: Sequence[Tensor],
         round_: Tensor,
     ):
-        self._kernels, self._alive, self._num_calls = kernels, (memory, alive, round_), len(calls)
+        self._kernels, self._alive = kernels, (memory, alive, round_)
+        self._num_calls, self._num_repeated = len(calls), num_repeated
         self._round = round_.data_ptr()
         self._calls = (ctypes.c_int64 * (2 * len(calls)))(*(word for call in calls for word in call))
         self._start = ctypes.addressof(self._calls)
+        self._rest = self._start + num_repeated * ctypes.sizeof(ctypes.c_int64) * 2
         self.inputs, self.outputs = inputs, outputs
         # The quickest run so far by number of threads, where there is a choice.
         self._quickest: dict[int, float] = {}
@@ -229,8 +238,13 @@ class Replay:
         else:
             self._run(min(self._quickest, key=self._quickest.__getitem__), repetitions)
 
+    def run_rest(self) -> None:
+        """Runs what follows the repetitions, on what the last of them left behind."""
+        count = self._num_calls - self._num_repeated
+        self._kernels.run(self._rest, count, torch.get_num_threads(), self._round, 1)
+
     def _run(self, num_threads: int, repetitions: int) -> None:
-        self._kernels.run(self._start, self._num_calls, num_threads, self._round, repetitions)
+        self._kernels.run(self._start, self._num_repeated, num_threads, self._round, repetitions)
 
     def _try(self, num_threads: int, repetitions: int) -> None:
         started = time.perf_counter()

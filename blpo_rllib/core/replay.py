@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blpo_rllib.core.adam import AdamSteps
+from blpo_rllib.core.lowering import CannotRecordError
 from blpo_rllib.core.minibatch import (
     Counts,
     Epoch,
@@ -45,6 +47,7 @@ class ReplayedUpdate:
         self._update, self._adams, self._kernels = update, adams, kernels
         self._plans: OrderedDict[Any, _Plan] = OrderedDict()
         self._source: tuple[SegmentBatch, Tensor, list[Tensor]] | None = None
+        self._latest: tuple[MinibatchResult, _Plan] | None = None
 
     def __call__(self, epoch: Epoch) -> MinibatchResult:
         """Updates the players by all minibatches of an epoch; see :class:`MinibatchUpdate`.
@@ -65,7 +68,19 @@ class ReplayedUpdate:
             if len(self._plans) > MAX_PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
-        return plan.run(epoch, [*segments, *rows])
+        result = plan.run(epoch, [*segments, *rows])
+        self._latest = result, plan
+        return result
+
+    def relative_residual(self, result: MinibatchResult) -> Tensor | None:
+        """:meth:`MinibatchUpdate.relative_residual` of the minibatch that was replayed last, overwritten by the next.
+
+        None if ``result`` is not what the latest call returned, or where that minibatch has no solver of its own, or
+        one that cannot be recorded.
+        """
+        if self._latest is None or self._latest[0] is not result:
+            return None
+        return self._latest[1].relative_residual()
 
     def _segments(self, epoch: Epoch) -> list[Tensor]:
         """All that a batch consists of, in the form in which rows are copied: contiguous, integers of one type."""
@@ -113,14 +128,21 @@ class _Plan:
         saved = [x.clone() for x in memory]
         try:
             with torch.no_grad(), recorder:
+                minibatch = Minibatch.of(epoch.batch.with_rows(own), targets, num_steps)
                 result = update(
-                    Minibatch.of(epoch.batch.with_rows(own), targets, num_steps),
+                    minibatch,
                     own_coordinates,
                     replace(epoch.settings, leader=leader.with_coefficients(self._coefficients)),
                     self._shared,
                 )
                 for total, x in zip(_tensors(self._sums), _tensors(result.metrics), strict=True):
                     total.add_(x)
+                recorder.end_repetition()
+                residual = None
+                # x is empty without a solver, and shared x is none of this minibatch.
+                if epoch.shared is None and result.ihvp.numel():
+                    with suppress(CannotRecordError):
+                        residual = update.relative_residual(minibatch, result)
         finally:
             for x, before in zip(memory, saved, strict=True):
                 x.copy_(before)
@@ -129,7 +151,8 @@ class _Plan:
             source = ctypes.addressof(self._sources) + place * ctypes.sizeof(ctypes.c_void_p)
             index = (rows, len(rows)) if place < len(segments) else (recorder.round, 1)
             filling.append(Call("take_rows", (x, source, *index, x.nbytes // index[1])))
-        self._replay = recorder.finish([result.grad_critic, result.ihvp], filling)
+        outputs = [result.grad_critic, result.ihvp] + ([] if residual is None else [residual])
+        self._replay = recorder.finish(outputs, filling)
 
     def run(self, epoch: Epoch, arrays: Sequence[Tensor]) -> MinibatchResult:
         """Replays it for all minibatches of an epoch, which consists of ``arrays``."""
@@ -142,7 +165,15 @@ class _Plan:
         for total in _tensors(self._sums):
             total.zero_()
         self._replay.run(len(epoch))
-        return MinibatchResult(MinibatchMetrics(*(x.clone() for x in _tensors(self._sums))), *self._replay.outputs)
+        sums = MinibatchMetrics(*(x.clone() for x in _tensors(self._sums)))
+        return MinibatchResult(sums, *self._replay.outputs[:2])
+
+    def relative_residual(self) -> Tensor | None:
+        """That of the minibatch which ran last; None if it is not recorded."""
+        if len(self._replay.outputs) < 3:
+            return None
+        self._replay.run_rest()
+        return self._replay.outputs[2]
 
 
 def _by_minibatch(epoch: Epoch) -> list[Tensor]:

@@ -179,9 +179,10 @@ class BilevelUpdate:
             self._rate_factor = next_rate_factor(self._rate_factor, metrics["approx_kl"], settings.target_kl)
         if self._solver is not None:
             # On the last sample only, for the product it takes.
-            last = sample if shared is not None else minibatches.step(-1).minibatch()
-            curvature = self._minibatch_update.curvature(last)
-            residual = self._solver.relative_residual(curvature, result.grad_critic, result.ihvp)
+            residual = None if self._replayed is None else self._replayed.relative_residual(result)
+            if residual is None:
+                last = sample if shared is not None else minibatches.step(-1).minibatch()
+                residual = self._minibatch_update.relative_residual(last, result)
             metrics["ihvp_relative_residual"] = float(residual)
             metrics["damping"] = float(self._solver.damping)
         return metrics
