@@ -158,6 +158,23 @@ def test_convolutions_by_hand(model, block_bytes, monkeypatch):
     assert isinstance(players.critic(obs), ConvolutionalCriticPass)
     assert isinstance(automatic_players.critic(obs), AutogradCriticPass)
     check_critic_products(players, automatic_players, obs)
+    # The same by some columns at a time, of all coordinates and of the perceptron's alone.
+    critic, n, p = players.critic(obs), len(obs), sum(x.numel() for x in players.critic_parameters)
+    first, second, cotangents = torch.randn(n, dtype=FLOAT64), torch.rand(n, dtype=FLOAT64), torch.randn(3, n).double()
+    check(assembled(critic.vjp_blocks(cotangents), 3, p), critic.vjp(cotangents))
+    for least in (0, p - 60):
+        picked = players.coordinates(np.random.default_rng(1).permutation(np.arange(least, p))[:40])
+        rows = assembled(critic.second_order_blocks(picked, first, second), len(picked), p)
+        check(rows, critic.second_order_rows(picked, first, second))
+
+
+def assembled(blocks, k, p):
+    """Rows from their blocks of columns, each of which must come once."""
+    rows = torch.full((k, p), float("nan"), dtype=FLOAT64)
+    for block, columns in blocks:
+        assert rows[:, block].isnan().all()
+        rows[:, block] = columns
+    return rows
 
 
 @pytest.mark.parametrize(

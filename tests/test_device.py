@@ -186,12 +186,19 @@ def test_memory_is_that_of_rows_and_batch(curvature, rank, width, chunk, monkeyp
     assert account(**settings).peak > bound(found, rank, width, chunk), "rows made at once must be found"
 
 
-def test_a_critic_of_a_hundred_million_parameters_streams_its_rows(monkeypatch):
+@pytest.mark.parametrize(
+    "pixels", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["perceptron", "convolutions"]
+)
+def test_a_critic_of_a_hundred_million_parameters_streams_its_rows(pixels, monkeypatch):
     """Twenty rows of it would take 8 GB; beside gradient, v and x there are only parts of them."""
     settings = {"nystrom_rank": 20, "model": {"fcnet_hiddens": [10_000, 10_000]}, "width": 16}
+    if pixels:
+        model = CONVOLUTIONS | {"head_fcnet_hiddens": [10_000, 10_000], "head_fcnet_activation": "tanh"}
+        settings |= {"model": model, "observation_space": IMAGE, "action_space": ACTIONS}
     found = account(**settings)
     assert found.num_parameters > 1e8
-    most = 7 * found.num_parameters + 3 * mlp.BLOCK_BYTES / FLOAT
+    # Of an actor that is differentiated automatically, the gradient is there tensor by tensor too.
+    most = (7 + pixels) * found.num_parameters + 3 * mlp.BLOCK_BYTES / FLOAT
     assert found.peak <= most
     assert not found.waits
     monkeypatch.setattr(nystrom, "KEPT_NUMBERS", 2**60)

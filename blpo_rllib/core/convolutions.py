@@ -14,6 +14,8 @@ visits its receptive field and nothing else. Nearly all coordinates are such wei
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from blpo_rllib.core import mlp
 from blpo_rllib.core.mlp import ACTIVATIONS, MLP, Activation, MLPCriticPass
-from blpo_rllib.core.networks import Coordinates, CriticPass, unflatten
+from blpo_rllib.core.networks import AutogradCriticPass, Coordinates, CriticPass, unflatten
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class ConvolutionalCritic:
         places = torch.where(torch.as_tensor(above, device=device)[:, None], found.places, 0)
         return Coordinates(torch.as_tensor(indices, device=device), places, indices)
 
-    def forward(self, images: Tensor, automatic: Callable[[], CriticPass]) -> ConvolutionalCriticPass:
+    def forward(self, images: Tensor, automatic: Callable[[], AutogradCriticPass]) -> ConvolutionalCriticPass:
         """Images [n, height, width, c] through all layers; ``automatic`` makes the same pass automatically."""
         h, inputs, hidden = images.permute(0, 3, 1, 2), [], []
         with torch.no_grad():
@@ -193,7 +195,7 @@ class ConvolutionalCriticPass(CriticPass):
         inputs: Sequence[Tensor],
         hidden: Sequence[Tensor],
         head: MLPCriticPass,
-        automatic: Callable[[], CriticPass],
+        automatic: Callable[[], AutogradCriticPass],
     ):
         self._network, self._inputs, self._hidden, self._head = network, inputs, hidden, head
         self._make_automatic = automatic
@@ -242,6 +244,46 @@ class ConvolutionalCriticPass(CriticPass):
         for number, row in zip(below, found, strict=True):
             rows[number] = row
         return rows
+
+    def vjp_blocks(self, cotangent: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        products = self.values.new_zeros(len(cotangent), self._num_below)
+        for slots, part in self._parts():
+            part._add_products(products, cotangent[:, slots])
+        yield slice(0, self._num_below), products
+        yield from self._above(self._head.vjp_blocks(cotangent))
+
+    def second_order_blocks(
+        self, coordinates: Coordinates, first: Tensor, second: Tensor
+    ) -> Iterator[tuple[slice, Tensor]]:
+        rows = self.values.new_zeros(len(coordinates), self._num_below)
+        for slots, part in self._parts():
+            for some, _ in part._head.parts(len(coordinates), len(part.values)):
+                own = coordinates[some], first[slots], second[slots]
+                part._add_below(rows[some], *own[:2], *part._head.second_order_changes(*own))
+        blocks = itertools.chain(
+            [(slice(0, self._num_below), rows)], self._above(self._head.second_order_blocks(coordinates, first, second))
+        )
+        below = [number for number, _ in self._below(coordinates)]
+        if not below:
+            yield from blocks
+            return
+        of_parameter = functools.lru_cache(1)(
+            self._make_automatic().second_order_columns(coordinates.picked(below), first, second)
+        )
+        ends = np.cumsum([p.numel() for p in self._network.parameters]).tolist()
+        for block, columns in blocks:
+            for number, end in enumerate(ends):
+                begin = end - self._network.parameters[number].numel()
+                start, stop = max(begin, block.start), min(end, block.stop)
+                if start < stop:
+                    found = of_parameter(number)[:, start - begin : stop - begin]
+                    columns[below, start - block.start : stop - block.start] = found
+            yield block, columns
+
+    def _above(self, blocks: Iterator[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of the perceptron's columns, at their places among all."""
+        for block, columns in blocks:
+            yield slice(self._num_below + block.start, self._num_below + block.stop), columns
 
     def second_order_product(self, tangent: Tensor, first: Tensor, second: Tensor) -> Tensor:
         return self._make_automatic().second_order_product(tangent, first, second)
@@ -327,8 +369,14 @@ class ConvolutionalCriticPass(CriticPass):
 
     def _add_second_order_rows(self, rows: Tensor, coordinates: Coordinates, first: Tensor, second: Tensor) -> None:
         """Adds the rows of the perceptron's coordinates to ``rows`` [k, p]."""
+        changes = self._head.add_second_order_rows(rows[:, self._num_below :], coordinates, first, second)
+        self._add_below(rows, coordinates, first, *changes)
+
+    def _add_below(
+        self, rows: Tensor, coordinates: Coordinates, first: Tensor, change: Tensor, g_change: Tensor | None
+    ) -> None:
+        """Adds the convolutions' part of them to ``rows`` [k, .]; see :meth:`MLPCriticPass.second_order_changes`."""
         head, num_weights = self._head, self._network.head.layers[0].weight.numel()
-        change, g_change = head.add_second_order_rows(rows[:, self._num_below :], coordinates, first, second)
         self._add_products(rows, change)
         of_feature = head.input_changes(coordinates, first)
         assert coordinates.on_host is not None

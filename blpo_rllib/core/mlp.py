@@ -413,9 +413,16 @@ class MLPCriticPass(CriticPass):
         A weight of layer l moves z_l of a single unit, and passes that unit's cotangent on to a single input.
 
         Returns:
-            How the parameters change the cotangents of V, [k, n], and beside that those of z_1, [k, d_1, n] or None.
+            :meth:`second_order_changes`.
         """
         first_layer = self._add(rows, self._second_order(coordinates, first, second))
+        return first_layer.change, first_layer.g_change
+
+    def second_order_changes(
+        self, coordinates: Coordinates, first: Tensor, second: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """How the parameters change the cotangents of V, [k, n], and beside that those of z_1, [k, d_1, n] or None."""
+        first_layer = _skip(self._second_order(coordinates, first, second), self._pass.depth - 1)
         return first_layer.change, first_layer.g_change
 
     def _second_order(self, coordinates: Coordinates, first: Tensor, second: Tensor) -> Walk:

@@ -8,7 +8,7 @@ state which quantities the mathematics needs. The others obtain them from any mo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -225,9 +225,14 @@ class AutogradCriticPass(CriticPass):
     def second_order_blocks(
         self, coordinates: Coordinates, first: Tensor, second: Tensor
     ) -> Iterator[tuple[slice, Tensor]]:
+        of_parameter = self.second_order_columns(coordinates, first, second)
+        for number, (block, _) in enumerate(self._by_parameter()):
+            yield block, of_parameter(number)
+
+    def second_order_columns(self, coordinates: Coordinates, first: Tensor, second: Tensor) -> Callable[[int], Tensor]:
+        """The columns of :meth:`second_order_rows` that belong to a parameter, [k, .], as a function of its number."""
         entries = list(self._entries(coordinates, self._cotangent(first, second)))
-        for block, parameter in self._by_parameter():
-            yield block, torch.stack([_derivative(entry, [parameter]) for entry in entries])
+        return lambda number: torch.stack([_derivative(entry, [self._parameters[number]]) for entry in entries])
 
     def _by_parameter(self) -> Iterator[tuple[slice, Tensor]]:
         """Each parameter, and its place in the flat vector."""

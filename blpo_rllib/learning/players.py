@@ -189,7 +189,7 @@ class RLModulePlayers(Players):
         images = unit_interval(obs, self.critic_parameters[0].dtype)
         return self._critic_cnn.forward(images, lambda: self._automatic_critic(obs))
 
-    def _automatic_critic(self, obs: Any) -> CriticPass:
+    def _automatic_critic(self, obs: Any) -> AutogradCriticPass:
         values = self._module.compute_values(batch_of(obs))
         return AutogradCriticPass(values, self.critic_parameters, batched=isinstance(self._module, SlotwiseModule))
 
