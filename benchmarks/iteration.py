@@ -4,7 +4,10 @@
 
 All in one process, with the same networks, batches, epochs and minibatches, and a local EnvRunner each: RLlib's own for
 PPO. They alternate by blocks of iterations; ratios are medians over the blocks of one run. ``--steps`` is how many
-environment steps each takes on CartPole, ``--iterations`` how many iterations on Hopper.
+environment steps each takes on CartPole, ``--iterations`` how many iterations on Hopper. The same script times another
+checkout, whose folder PYTHONPATH names:
+
+    PYTHONPATH=OTHER python benchmarks/iteration.py --tasks hopper_small --contestants blpo_envpool --output OTHER.json
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -58,6 +61,8 @@ class Task:
 
 TASKS = {
     "hopper": Task("Hopper-v5", 32, 640, 3e-4, 1.2e-3, 3, True, 1, True),
+    # Minibatches of 512 steps, ten epochs.
+    "hopper_small": Task("Hopper-v5", 4, 512, 3e-4, 1.2e-3, 3, True, 5, False, num_epochs=10),
     "cartpole": Task("CartPole-v1", 4, 128, 2.5e-4, 1e-3, 5, False, 20, False),
 }
 
@@ -83,8 +88,8 @@ def configure(config: Any, task: Task, env: str, seed: int, vectorize_mode: str 
     )
 
 
-def contestants(task: Task, seed: int) -> dict[str, Any]:
-    """The algorithms to compare, by name."""
+def contestants(task: Task, seed: int, only: Sequence[str]) -> dict[str, Any]:
+    """The algorithms to compare, by name; ``only`` some of them if it is not empty."""
     ppo = {"lr": task.actor_lr, "use_kl_loss": False, "gamma": 0.99, "lambda_": 0.95, "clip_param": 0.2}
     blpo = {
         "actor_lr": task.actor_lr,
@@ -100,7 +105,7 @@ def contestants(task: Task, seed: int) -> dict[str, Any]:
     if task.slow_simulator:
         configs["rllib_ppo_async"] = configure(PPOConfig(), task, task.env, seed, "async", **ppo)
         configs["blpo_gymnasium_async"] = configure(BLPOConfig(), task, task.env, seed, "async", **blpo)
-    return {name: config.build_algo() for name, config in configs.items()}
+    return {name: config.build_algo() for name, config in configs.items() if name in (only or configs)}
 
 
 class Stopwatch:
@@ -138,9 +143,9 @@ class Stopwatch:
         return {name: round(seconds / total, 3) for name, seconds in phases.items()}
 
 
-def measure(task: Task, iterations: int, seed: int) -> dict[str, Any]:
+def measure(task: Task, iterations: int, seed: int, only: Sequence[str]) -> dict[str, Any]:
     """Alternating blocks of iterations, after one untimed block of each contestant."""
-    algorithms = contestants(task, seed)
+    algorithms = contestants(task, seed, only)
     for algo in algorithms.values():
         for _ in range(task.block):
             algo.train()
@@ -158,16 +163,20 @@ def measure(task: Task, iterations: int, seed: int) -> dict[str, Any]:
 
 
 def summary(task: Task, blocks: dict[str, list[float]], name: str, stopwatch: Stopwatch) -> dict[str, Any]:
-    """Rates, speedups over the baseline (median and range over blocks), total time, and the phases' shares of it."""
+    """Rates, speedups over the baseline (median and range over blocks), total time, and the phases' shares of it.
+
+    The baseline is RLlib's PPO, or the first contestant where that is left out.
+    """
     own, total = blocks[name], sum(blocks[name])
-    speedups = [baseline / mine for baseline, mine in zip(blocks[BASELINE], own, strict=True)]
+    others = blocks.get(BASELINE) or next(iter(blocks.values()))
+    speedups = [baseline / mine for baseline, mine in zip(others, own, strict=True)]
     return {
         "env_steps_per_s": round(task.block * task.batch_size / statistics.median(own)),
         "speedup": round(statistics.median(speedups), 2),
         "speedup_range": [round(min(speedups), 2), round(max(speedups), 2)],
         "env_steps": len(own) * task.block * task.batch_size,
         "seconds": round(total, 2),
-        "time_relative_to_ppo": round(total / sum(blocks[BASELINE]), 3),
+        "time_relative_to_baseline": round(total / sum(others), 3),
         "shares": stopwatch.shares(total),
     }
 
@@ -176,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--iterations", type=int, default=5, help="timed iterations on Hopper")
+    parser.add_argument("--contestants", nargs="+", default=[], help="only these; default: all")
     parser.add_argument("--steps", type=int, default=500_000, help="timed environment steps on CartPole")
     parser.add_argument("--threads", type=int, default=2, help="torch's intra-op threads")
     parser.add_argument("--seed", type=int, default=0)
@@ -188,8 +198,8 @@ def main() -> None:
     results = {}
     for name in args.tasks:
         task = TASKS[name]
-        iterations = args.iterations if name == "hopper" else round(args.steps / task.batch_size)
-        results[name] = {"settings": asdict(task), "results": measure(task, iterations, args.seed)}
+        iterations = round(args.steps / task.batch_size) if name == "cartpole" else args.iterations
+        results[name] = {"settings": asdict(task), "results": measure(task, iterations, args.seed, args.contestants)}
         print(json.dumps(results[name]["results"], indent=2), flush=True)
     report = {**provenance(), "envpool": version("envpool"), "seed": args.seed, "tasks": results}
     args.output.write_text(json.dumps(report, indent=2) + "\n")

@@ -26,6 +26,8 @@ ADAPTER = "blpo_rllib/rllib_private.py"
 BY_VALUE = "blpo_rllib/experiments/wandb_process.py"
 # Private names of others than Ray: of named tuples, whose are public, of os, of torch and of cv2.
 NOT_RAYS = {"_fields", "_asdict", "_replace", "_exit", "_dynamo", "_fused_adam_", "_opt_called", "_to_model"}
+# gymnasium's, of SyncVectorEnv, whose own steps a test compares with.
+NOT_RAYS |= {"_env_obs", "_autoreset_envs", "_add_info"}
 
 # Ends of names of metrics.
 OTHER_STRINGS = {"_global_norm"}

@@ -56,6 +56,7 @@ from blpo_rllib.rllib_private import is_multi_agent, note_steps, registered_env,
 from blpo_rllib.sampling.acting import Actor, Normalizer, bound_actions, make_actor
 from blpo_rllib.sampling.envpool import EnvPoolCreator, envpool_task
 from blpo_rllib.sampling.process_env import ProcessEnvCreator
+from blpo_rllib.sampling.sync_steps import SyncSteps
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,9 @@ class BatchedEnvRunner(SingleAgentEnvRunner):
         creator = self._vector_creator()
         if creator is None:
             super().make_env()
+            vector = self.env and self.env.unwrapped
+            if SyncSteps.apply(vector):
+                vector.step = SyncSteps(vector)
             return
         # RLlib makes vector environments of an environment's own only in this mode, and from callables.
         named = self.config.env, self.config.gym_env_vectorize_mode

@@ -129,13 +129,26 @@ T sum_of_row(const T* x, int64_t stride, int64_t n) {
 
 template <class T>
 void sum(T* out, const T* x, const Sums& s, int) {
-  for (int64_t i = 0; i < s.kept[0]; ++i)
-    for (int64_t j = 0; j < s.kept[1]; ++j) {
-      const T* from = x + i * s.kept_strides[0] + j * s.kept_strides[1];
-      T total = 0;
-      for (int64_t k = 0; k < s.summed[0]; ++k) total += sum_of_row<T>(from + k * s.strides[0], s.strides[1], s.summed[1]);
-      out[i * s.out[0] + j * s.out[1]] = total;
+  for (int64_t i = 0; i < s.kept[0]; ++i) {
+    const T* row = x + i * s.kept_strides[0];
+    T* to = out + i * s.out[0];
+    if (s.kept_strides[1] == 1 && s.kept[1] > 1) {  // a vector of places at a time
+      for (int64_t j = 0; j < s.kept[1]; j += kLanes<T>) {
+        Vector<T> total{};
+        for (int64_t k = 0; k < s.summed[0]; ++k)
+          for (int64_t l = 0; l < s.summed[1]; ++l)
+            total += read<T>(row + j + k * s.strides[0] + l * s.strides[1], 1, s.kept[1] - j);
+        write<T>(to + j * s.out[1], s.out[1], s.kept[1] - j, total);
+      }
+      continue;
     }
+    for (int64_t j = 0; j < s.kept[1]; ++j) {
+      T total = 0;
+      for (int64_t k = 0; k < s.summed[0]; ++k)
+        total += sum_of_row<T>(row + j * s.kept_strides[1] + k * s.strides[0], s.strides[1], s.summed[1]);
+      to[j * s.out[1]] = total;
+    }
+  }
 }
 BLPO_FUNCTION(sum)
 
