@@ -289,9 +289,13 @@ class AutogradActorPass(ActorPass):
         self.kl = None if kl is None else kl.detach()
 
     def gradient(self, logp: Tensor, entropy: Tensor | None = None, kl: Tensor | None = None) -> Tensor:
-        products = [
-            _gradient(graph, self._parameters, weights)
+        given = [
+            (graph, weights)
             for graph, weights in zip(self._graphs, (logp, entropy, kl), strict=True)
             if graph is not None and weights is not None
         ]
-        return products[0] if len(products) == 1 else torch.stack(products).sum(0)
+        # Together, so that there is one pass through the network.
+        graphs, cotangents = zip(*given, strict=True)
+        return flatten(
+            torch.autograd.grad(graphs, self._parameters, cotangents, retain_graph=True, materialize_grads=True)
+        )
