@@ -133,7 +133,7 @@ class RLModulePlayers(Players):
             self.critic_members = cnn.parameters
             self._critic_cnn = cnn if _all_trainable(self.critic_members) else None
         if default_values:
-            trunk, mlp = frozen_trunk(encoder, "critic"), head_perceptron(self._module.vf)
+            trunk, mlp = frozen_trunk(encoder, "critic_encoder"), head_perceptron(self._module.vf)
             if trunk is not None and mlp is not None and _same(mlp.parameters, _trainable(self.critic_members)):
                 self._critic_trunk, self._critic_mlp = trunk, mlp
                 self.critic_members = _frozen(self.critic_members) + mlp.parameters
@@ -147,7 +147,7 @@ class RLModulePlayers(Players):
             if _same(found, self.actor_members):
                 self.actor_members = found
                 self._take_actor_mlp(mlp if _all_trainable(found) else None)
-        trunk, mlp = frozen_trunk(encoder, "actor"), head_perceptron(self._module.pi)
+        trunk, mlp = frozen_trunk(encoder, "actor_encoder"), head_perceptron(self._module.pi)
         if trunk is not None and mlp is not None:
             found = mlp.parameters + ([] if log_std is None else [log_std])
             if _same(found, _trainable(self.actor_members)):
@@ -317,9 +317,9 @@ def head_perceptron(head: Any) -> MLP | None:
     return MLP.of([head.net]) if type(head) in _HEADS else None
 
 
-def frozen_trunk(encoder: Any, player: str) -> nn.Module | None:
-    """RLlib's encoder of a player, "actor" or "critic", or of both, if it has parameters but none is trained."""
-    found = getattr(encoder, f"{player}_encoder", None) or getattr(encoder, "encoder", None)
+def frozen_trunk(encoder: Any, name: str) -> nn.Module | None:
+    """The part of RLlib's encoder with that name, or that of both players, if it has parameters but none is trained."""
+    found = getattr(encoder, name, None) or getattr(encoder, "encoder", None)
     if found is None or type(found) not in (TorchMLPEncoder, TorchCNNEncoder):
         return None
     parameters = list(found.parameters())
