@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch's intra-op threads")
     parser.add_argument("--rounds", type=int, default=5, help="timed update phases per learner and point")
     parser.add_argument("--tables", nargs="+", choices=[*TABLES, "large"], default=[*TABLES, "large"])
+    parser.add_argument("--values", type=int, nargs="+", help="only these ranks, widths or steps")
     parser.add_argument("--output", type=Path, help="write the tables here too, as JSON")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -175,7 +176,8 @@ def main() -> None:
             tables[name] = [rank | in_own_process("large", rank, args.device, args.threads) for rank in ranks]
             show("Nyström product on a critic of ten million parameters", tables[name], console)
             continue
-        tables[name] = [update_row(point, args.device, args.threads, args.rounds) for point in TABLES[name]]
+        points = [x for x in TABLES[name] if args.values is None or getattr(x, name) in args.values]
+        tables[name] = [update_row(point, args.device, args.threads, args.rounds) for point in points]
         show(f"update phase against {name}", tables[name], console)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

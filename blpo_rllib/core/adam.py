@@ -35,6 +35,8 @@ class AdamSteps:
         first = self._parameters[0]
         self._kernels = kernels if first.device.type == "cpu" and first.dtype in DTYPES else None
         self._vector, self._first, self._second = (flatten(self._parameters).detach() for _ in range(3))
+        # Each parameter's part of those three.
+        self._views = [unflatten(x, self._parameters) for x in (self._vector, self._first, self._second)]
         self._step = torch.zeros((), dtype=torch.float32, device=first.device)
         # An accelerator's kernel reads float32; on CPU float64 keeps the rate exact.
         rate_type = torch.float64 if first.device.type == "cpu" else torch.float32
@@ -67,9 +69,9 @@ class AdamSteps:
         states = [self._optimizer.state[p] for p in self._parameters]
         return (
             all(state.get("step") is self._step for state in states)
-            and _are_views(self._parameters, self._vector)
-            and _are_views([state["exp_avg"] for state in states], self._first)
-            and _are_views([state["exp_avg_sq"] for state in states], self._second)
+            and _share_memory(self._parameters, self._views[0])
+            and _share_memory([state["exp_avg"] for state in states], self._views[1])
+            and _share_memory([state["exp_avg_sq"] for state in states], self._views[2])
         )
 
     def _lay_out(self) -> None:
@@ -81,8 +83,7 @@ class AdamSteps:
             self._first.copy_(flatten([s.get("exp_avg", z) for s, z in zip(states, zeros, strict=True)]))
             self._second.copy_(flatten([s.get("exp_avg_sq", z) for s, z in zip(states, zeros, strict=True)]))
             self._step.copy_(states[0].get("step", torch.zeros_like(self._step)))
-        views = (unflatten(x, self._parameters) for x in (self._vector, self._first, self._second))
-        for parameter, value, first, second in zip(self._parameters, *views, strict=True):
+        for parameter, value, first, second in zip(self._parameters, *self._views, strict=True):
             parameter.data = value
             self._optimizer.state[parameter] = {"step": self._step, "exp_avg": first, "exp_avg_sq": second}
 
@@ -143,6 +144,6 @@ class AdamSteps:
         )
 
 
-def _are_views(tensors: Sequence[Tensor], vector: Tensor) -> bool:
-    """Whether ``tensors`` are what :func:`unflatten` makes of ``vector``."""
-    return all(x.data_ptr() == y.data_ptr() for x, y in zip(tensors, unflatten(vector, tensors), strict=True))
+def _share_memory(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether each of ``tensors`` stands where the one of ``others`` does."""
+    return all(x.data_ptr() == y.data_ptr() for x, y in zip(tensors, others, strict=True))
