@@ -19,9 +19,9 @@ nested_small  nested_ppo with these batches
 ppo_small     ppo with these batches
 blpo_annealed blpo_small with an actor's learning rate that falls to 0 over the run's steps
 ppo_annealed  ppo_small with the same rate, its critic's too
-blpo_strong   the tuned settings: blpo_small with 3 nested steps, both rates falling to 0 over the run's steps, and a
-              target for the KL divergence of an iteration
-blpo_strong_64 the same in minibatches of 64 steps, 4 segments of 16 from anywhere in the batch
+blpo_strong   the tuned settings: blpo_small in minibatches of 128 steps, 4 segments of 32 from anywhere in the batch,
+              3 nested steps, both rates falling to 0 over the run's steps, a target for the KL of an iteration
+blpo_strong_512, blpo_strong_64 the same in minibatches of 512 or 64 steps, 4 segments of 128 or 16
 nested_strong blpo_strong without the hypergradient
 ppo_strong    PPO as CleanRL, Stable-Baselines3 and Tianshou set it up: minibatches of 64 shuffled steps, standardised
               advantages, a rate of 3e-4 that falls to 0; computed by this project's update, whose settings make it PPO
@@ -199,13 +199,13 @@ ANNEALED: dict[str, Contestant] = {
     f"{name}_annealed": lambda config, make=ALGORITHMS[name]: make(annealed(small_batches(config)))
     for name in ("blpo", "ppo")
 }
-STRONG = ("blpo_strong", "blpo_strong_64", "nested_strong", "ppo_strong")
+STRONG = ("blpo_strong", "blpo_strong_512", "blpo_strong_64", "nested_strong", "ppo_strong")
 NAMES = [*ALGORITHMS, *SMALL, *ANNEALED, *STRONG, "ppo_tuned"]
 
 
-def mixed_minibatches(config: BLPOConfig) -> BLPOConfig:
-    """The same in minibatches of 64 steps as PPO has them, 4 segments of 16 from anywhere in the batch."""
-    return config.training(minibatch_size=64, segment_length=16)
+def four_segments(config: BLPOConfig, minibatch_size: int) -> BLPOConfig:
+    """The same in minibatches of another size, still 4 segments from anywhere in the batch."""
+    return config.training(minibatch_size=minibatch_size, segment_length=minibatch_size // 4)
 
 
 def ppo_strong(config: BLPOConfig) -> BLPOConfig:
@@ -216,7 +216,7 @@ def ppo_strong(config: BLPOConfig) -> BLPOConfig:
 # What was tried in short runs on the way to STRONG, whose BLPO has a target for the KL divergence besides. Exploration
 # starts at a deviation of 1, unless the name says another.
 DESIGNS: dict[str, Contestant] = {
-    f"strong_{name}": lambda config, settings=settings: mixed_minibatches(annealed_batches(config)).training(
+    f"strong_{name}": lambda config, settings=settings: four_segments(annealed_batches(config), 64).training(
         target_kl=None, **settings
     )
     for name, settings in {
@@ -232,15 +232,33 @@ DESIGNS: dict[str, Contestant] = {
         "correction_of_the_batch": {"correction_sample": "batch"},
     }.items()
 } | {
-    "strong_correction_deviation_0.37": lambda config: mixed_minibatches(
-        annealed_batches(config, initial_log_std=-1.0)
+    "strong_correction_deviation_0.37": lambda config: four_segments(
+        annealed_batches(config, initial_log_std=-1.0), 64
     ).training(target_kl=None),
-    "strong_512_segments_of_32": lambda config: annealed_batches(config).training(segment_length=32),
-    "strong_512_log_std_rate_5": lambda config: annealed_batches(config).training(log_std_lr_factor=5.0),
-    "strong_512_log_std_rate_10": lambda config: annealed_batches(config).training(log_std_lr_factor=10.0),
-    "strong_512_double_rates_deviation_0.37": lambda config: annealed_batches(
-        config.training(actor_lr=6e-4, critic_lr=2.4e-3), initial_log_std=-1.0
+    "strong_512_segments_of_32": lambda config: annealed_batches(config).training(minibatch_size=512),
+    "strong_512_log_std_rate_5": lambda config: four_segments(annealed_batches(config), 512).training(
+        log_std_lr_factor=5.0
     ),
+    "strong_512_log_std_rate_10": lambda config: four_segments(annealed_batches(config), 512).training(
+        log_std_lr_factor=10.0
+    ),
+    "strong_512_double_rates_deviation_0.37": lambda config: four_segments(
+        annealed_batches(config.training(actor_lr=6e-4, critic_lr=2.4e-3), initial_log_std=-1.0), 512
+    ),
+    "strong_256": lambda config: four_segments(annealed_batches(config), 256),
+    "strong_512_one_nested_step": lambda config: four_segments(annealed_batches(config), 512).training(
+        num_critic_updates=1
+    ),
+    "strong_512_discount_0.998": lambda config: four_segments(annealed_batches(config), 512).training(gamma=0.998),
+    "strong_128": annealed_batches,
+    "strong_long_horizon": lambda config: annealed_batches(config, long_horizon=True),
+    "strong_long_horizon_log_std_rate_2": lambda config: annealed_batches(config, long_horizon=True).training(
+        log_std_lr_factor=2.0
+    ),
+    "strong_long_horizon_log_std_rate_2_deviation_0.37": lambda config: annealed_batches(
+        config, initial_log_std=-1.0, long_horizon=True
+    ).training(log_std_lr_factor=2.0),
+    "strong_log_std_rate_3": lambda config: annealed_batches(config).training(log_std_lr_factor=3.0),
     "strong_ppo": lambda config: ppo_strong(annealed_batches(config)),
     "strong_ppo_deviation_0.37": lambda config: ppo_strong(annealed_batches(config, initial_log_std=-1.0)),
     "strong_ppo_advantages_of_each_epoch": lambda config: ppo_strong(annealed_batches(config)).training(
@@ -259,7 +277,8 @@ def strong(task: str) -> dict[str, Contestant]:
     blpo = annealed_batches if tuned is None else tuned
     return {
         "blpo_strong": blpo,
-        "blpo_strong_64": lambda config: mixed_minibatches(blpo(config)),
+        "blpo_strong_512": lambda config: four_segments(blpo(config), 512),
+        "blpo_strong_64": lambda config: four_segments(blpo(config), 64),
         "nested_strong": lambda config: blpo(config).training(hypergradient="none"),
         "ppo_strong": lambda config: ppo_strong(blpo(config)),
     }
