@@ -37,7 +37,7 @@ test-chaos: $(STAMP)  ## ten minutes of faults
 	$(BIN)/python -m pytest -m chaos --capture=no
 
 report: $(STAMP)  ## the comparison's tables and figures from the runs in studies/comparison/results
-	$(BIN)/python -m studies.comparison.report --page studies/comparison/README.md --readme README.md
+	$(BIN)/python -m studies.comparison.report --pages studies/comparison --readme README.md
 
 format: $(STAMP)  ## formats the code and mends what ruff can mend
 	$(BIN)/ruff format .

@@ -148,16 +148,13 @@ def test_runs_end_to_end_and_only_once(tmp_path):
     both = pd.read_parquet(output / "runs.parquet")
     assert set(both["algorithm"]) == {"blpo", "ppo"}
     pd.testing.assert_frame_equal(both[both["algorithm"] == "blpo"].reset_index(drop=True), first)
-    page, readme = tmp_path / "page.md", tmp_path / "README.md"
-    for path in (page, readme):
-        path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.report(output, page, readme)
-    for path in (page, readme):
-        assert path.read_text().startswith(f"before\n{report.BEGIN}\nRuns of ")
-        assert path.read_text().endswith(f"{report.END}\nafter\n")
-        assert "| algorithm | tasks | seeds | final score |" in path.read_text()
+    page = tmp_path / "published_batches.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.report(output, tmp_path)
+    assert page.read_text().startswith(f"before\n{report.BEGIN}\nRuns of ")
+    assert page.read_text().endswith(f"{report.END}\nafter\n")
+    assert "| algorithm | tasks | seeds | final score |" in page.read_text()
     assert "| task | algorithm |" in page.read_text()
-    assert "| task | algorithm |" not in readme.read_text()
     assert "hopper: blpo has 0 of 1 seeds" in (output / "report.md").read_text()
 
 
@@ -223,7 +220,7 @@ def curve(table, task, algorithm, seed):
 
 def test_numbers_are_what_they_are_by_hand():
     table = made_up_runs({"blpo": 6, "ppo": 5})
-    runs = report.Runs(table)
+    runs = report.Runs(table, report.PUBLISHED_BATCHES)
     finals = {
         (task, name): np.array([curve(table, task, name, seed)[-2:].mean() for seed in range(count)])
         for task in ("cartpole", "hopper")
@@ -251,13 +248,13 @@ def test_standing_of_intervals():
     # Cartpole as made up: twice PPO's returns; hopper: PPO's own.
     theirs = table.loc[~ours & hopper, "evaluation_return"].to_numpy()
     table.loc[ours & hopper, "evaluation_return"] = theirs
-    runs = report.Runs(table)
+    runs = report.Runs(table, report.PUBLISHED_BATCHES)
     assert report.standing(runs, ["cartpole"], "blpo", "ppo") == "above"
     assert report.standing(runs, ["hopper"], "blpo", "ppo") == "overlap"
     assert "above on cartpole; overlap on hopper; below on none" in report.standing_text(runs, "blpo", "ppo")
     swapped = table.assign(algorithm=table["algorithm"].map({"blpo": "ppo", "ppo": "blpo"}))
-    assert report.standing(report.Runs(swapped), ["cartpole"], "blpo", "ppo") == "below"
-    single = report.Runs(made_up_runs({"blpo": 1, "ppo": 1}))
+    assert report.standing(report.Runs(swapped, report.PUBLISHED_BATCHES), ["cartpole"], "blpo", "ppo") == "below"
+    single = report.Runs(made_up_runs({"blpo": 1, "ppo": 1}), report.PUBLISHED_BATCHES)
     assert report.standing(single, ["cartpole"], "blpo", "ppo") == "overlap", "a single run has no interval"
 
 
@@ -268,13 +265,36 @@ def test_probability_of_improvement_is_rliables():
     assert report.probability_of_improvement(ours, theirs) == pytest.approx(expected)
 
 
+STRONG_PAIR = ("blpo_strong", "ppo_strong")
+
+
 def test_published_returns_stand_beside_those_of_the_same_task():
-    runs = report.Runs(made_up_runs({"blpo_strong": 2, "ppo": 2}, algorithms=("blpo_strong", "ppo")))
-    table = report.published_table(runs)
-    assert list(table["task"]) == ["hopper"], "cartpole has no published returns"
-    assert table["PPO of Tianshou"].item() == "2,609"
-    assert table["blpo_strong"].item() == report.returns_text(runs, "hopper", "blpo_strong", report.final_return)
-    assert report.published_text(report.Runs(made_up_runs({"blpo": 2, "ppo": 2}))) == ""
+    runs = report.Runs(made_up_runs(dict.fromkeys(STRONG_PAIR, 2), algorithms=STRONG_PAIR), report.TUNED)
+    table = report.published_table(runs).set_index("task")
+    assert list(table.index) == ["cartpole", "hopper"]
+    assert list(table["PPO of Tianshou"]) == ["–", "2,609"]
+    assert table["blpo_strong"]["hopper"] == report.returns_text(runs, "hopper", "blpo_strong", report.final_return)
+    assert table["ppo_strong"]["hopper"] == report.returns_text(runs, "hopper", "ppo_strong", report.final_return)
+
+
+def test_each_part_has_its_own_page_and_its_own_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "REPETITIONS", 50)
+    names = ("blpo", "ppo", *STRONG_PAIR)
+    made_up_runs(dict.fromkeys(names, 2), algorithms=names).to_parquet(tmp_path / "runs.parquet")
+    readme = tmp_path / "readme.md"
+    pages = [tmp_path / part.page for part in report.PARTS]
+    for path in (*pages, readme):
+        path.write_text(f"{report.BEGIN}\n{report.END}\n")
+    report.report(tmp_path, tmp_path, readme)
+    tuned, published = (path.read_text() for path in pages)
+    assert "| hopper | blpo_strong |" in tuned
+    assert "| hopper | blpo |" not in tuned
+    assert "| hopper | blpo |" in published
+    assert "blpo_strong" not in published
+    assert "**blpo_strong against ppo_strong**" in readme.read_text()
+    assert "| hopper | blpo_strong |" not in readme.read_text(), "a row per task, without one per contestant"
+    assert (tmp_path / "learning_curves_steps.png").exists()
+    assert (tmp_path / "published_batches_learning_curves_steps.png").exists()
 
 
 def test_designs_have_a_row_each_with_their_seeds():
@@ -345,7 +365,7 @@ def test_examples_have_the_published_settings_as_an_option(task, monkeypatch):
         command_line.run_task(task, ["--no-tune", *options])
     of_batches = ("num_envs_per_env_runner", "train_batch_size_per_learner", "num_epochs", "minibatch_size")
     tuned, published = ([getattr(c, name) for name in of_batches] for c in seen)
-    assert tuned == [16, 2048, 10, 512]
+    assert tuned == [16, 2048, 10, 128]
     assert published == [32, 20480, 4, 640] == [getattr(BLPOConfig(), name) for name in of_batches]
     assert (seen[1].actor_lr, seen[1].critic_lr, seen[1].segment_length) == (3e-4, 1.2e-3, None)
     assert seen[1].model_config.get("initial_log_std") == 0.0

@@ -1,18 +1,20 @@
 """Turns the runs of compare.py into a report: interquartile means, bootstrap intervals, figures and tables.
 
     python -m studies.comparison.report --results results/compare    # at any moment of the comparison
-    python -m studies.comparison.report --page studies/comparison/README.md --readme README.md    # the runs kept here
+    python -m studies.comparison.report --pages studies/comparison --readme README.md    # the runs kept here
 
-Reads every ``*.parquet`` in the folder, and writes ``report.md`` and figures beside them. What is missing is said and
-left out. Intervals are 95 % stratified bootstrap intervals over runs (rliable, Agarwal et al. 2021,
-arXiv:2108.13264) from a fixed seed: the same runs give the same tables, bit for bit.
+Reads every ``*.parquet`` in the folder, and writes ``report.md`` and figures beside them. It has two parts
+(:data:`PARTS`), which compare contestants with one another: the tuned settings against PPO as it is usually set up, and
+the published batches against PPO with the same ones. What is missing is said and left out. Intervals are 95 %
+stratified bootstrap intervals over runs (rliable, Agarwal et al. 2021, arXiv:2108.13264) from a fixed seed: the same
+runs give the same tables, bit for bit.
 
 Numbers of a run, from its evaluations (deterministic policy, separate episodes):
 
 final return  mean of the evaluations in the last fifth of its steps
 mean return   area under the evaluations' curve, divided by the steps
 score         (return - start) / (best - start): 0 is the mean evaluation of the task's untrained policies, 1 the best
-              final return of any run on the task
+              final return of any run on the task in the same part
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +58,6 @@ def _import_rliable() -> Any:
 
 rly = _import_rliable()
 
-SUBJECT, BASELINE = "blpo", "ppo"
 RESULTS = Path(__file__).parent / "results"
 BOOTSTRAP_SEED = 0
 REPETITIONS = 2000
@@ -76,19 +78,51 @@ HUES = (
     "tab:olive",
     "tab:brown",
     "0.5",
+    "teal",
 )
 COLORS = dict(zip(NAMES, HUES, strict=True))
 
 STANDINGS = {"above": "apart, the first above", "below": "apart, the first below", "overlap": "over each other"}
-# Whose intervals are compared in words: BLPO against PPO with the same batches, and its two batches.
-PAIRS = (
-    ("blpo_strong", "ppo_strong"),
-    ("blpo_strong", "nested_strong"),
-    (SUBJECT, BASELINE),
-    ("blpo_small", "ppo_small"),
-    ("blpo_small", SUBJECT),
-    ("blpo_annealed", "ppo_annealed"),
+
+
+@dataclass(frozen=True)
+class Part:
+    """Contestants that are compared with one another.
+
+    Attributes:
+        page: The file that its summary goes into.
+        figures: What the names of its figures begin with.
+        algorithms: The contestants.
+        subject: The one that others are set beside.
+        baseline: The one that probabilities of improvement and steps to a return refer to.
+        pairs: Those whose intervals are compared in words.
+    """
+
+    page: str
+    figures: str
+    algorithms: tuple[str, ...]
+    subject: str
+    baseline: str
+    pairs: tuple[tuple[str, str], ...]
+
+
+TUNED = Part(
+    page="README.md",
+    figures="",
+    algorithms=STRONG,
+    subject="blpo_strong",
+    baseline="ppo_strong",
+    pairs=(("blpo_strong", "ppo_strong"), ("blpo_strong", "nested_strong"), ("blpo_strong", "blpo_strong_512")),
 )
+PUBLISHED_BATCHES = Part(
+    page="published_batches.md",
+    figures="published_batches_",
+    algorithms=tuple(name for name in NAMES if name not in STRONG),
+    subject="blpo",
+    baseline="ppo",
+    pairs=(("blpo", "ppo"), ("blpo_small", "ppo_small"), ("blpo_small", "blpo"), ("blpo_annealed", "ppo_annealed")),
+)
+PARTS = (TUNED, PUBLISHED_BATCHES)
 
 # PPO's returns after a million steps as others publish them, on versions 2 to 4 of the tasks: CleanRL's documentation
 # (ppo_continuous_action.py, MuJoCo v4; training returns, means of 3 seeds); the benchmark of RL Baselines3 Zoo
@@ -122,13 +156,16 @@ Estimate = tuple[float, float, float]
 
 
 class Runs:
-    """The evaluations of all runs, as numbers per run.
+    """The evaluations of a part's runs, as numbers per run.
 
     Args:
-        table: A row per evaluation, as compare.py gathers them.
+        table: A row per evaluation, as compare.py gathers them. Rows of other parts are left out.
+        part: One of :data:`PARTS`.
     """
 
-    def __init__(self, table: pd.DataFrame):
+    def __init__(self, table: pd.DataFrame, part: Part):
+        self.part = part
+        table = table[table["algorithm"].isin(part.algorithms)]
         self.table = table.sort_values(["task", "algorithm", "seed", "env_steps"], ignore_index=True)
         groups = self.table.groupby(["task", "algorithm", "seed"], sort=True)
         self._curves = dict(iter(groups))
@@ -165,10 +202,10 @@ class Runs:
 
     def missing(self) -> list[str]:
         """What a full comparison would have beside these runs."""
-        most = max(len(self.seeds(t, a)) for t in self.tasks for a in self.algorithms)
+        most = max((len(self.seeds(t, a)) for t in self.tasks for a in self.algorithms), default=0)
         lines = []
         for task in TASKS:
-            for algorithm in [name for name in contestants_of(task) if name in COLORS]:
+            for algorithm in [name for name in contestants_of(task) if name in self.part.algorithms]:
                 count = len(self.seeds(task, algorithm))
                 if count < most:
                     lines.append(f"{task}: {algorithm} has {count} of {most} seeds")
@@ -254,18 +291,22 @@ def shared_tasks(runs: Runs, algorithms: Sequence[str]) -> list[str]:
 
 
 def improvement(runs: Runs, tasks: Sequence[str], algorithm: str) -> Estimate | None:
-    """Probability that the algorithm's final return is above PPO's; None without runs of both."""
-    tasks = [task for task in tasks if runs.seeds(task, algorithm) and runs.seeds(task, BASELINE)]
-    if algorithm == BASELINE or not tasks:
+    """Probability that the algorithm's final return is above the baseline's; None without runs of both."""
+    baseline = runs.part.baseline
+    tasks = [task for task in tasks if runs.seeds(task, algorithm) and runs.seeds(task, baseline)]
+    if algorithm == baseline or not tasks:
         return None
-    scores = [matrix(runs, tasks, name, final_return) for name in (algorithm, BASELINE)]
+    scores = [matrix(runs, tasks, name, final_return) for name in (algorithm, baseline)]
     return estimate(scores, probability_of_improvement)
 
 
 def overall_table(runs: Runs) -> pd.DataFrame:
-    """Interquartile means of scores over the tasks that BLPO and PPO have runs on, or those of them that an algorithm
-    has; with BLPO's on the same tasks."""
-    shared = shared_tasks(runs, (SUBJECT, BASELINE))
+    """Interquartile means of scores over the tasks that the subject and the baseline have runs on.
+
+    An algorithm that has runs on some of them only has the subject's score on the same tasks beside its own.
+    """
+    subject, baseline = runs.part.subject, runs.part.baseline
+    shared = shared_tasks(runs, (subject, baseline))
     rows = []
     for algorithm in runs.algorithms:
         tasks = [task for task in shared if runs.seeds(task, algorithm)]
@@ -276,8 +317,8 @@ def overall_table(runs: Runs) -> pd.DataFrame:
                 "seeds": min((len(runs.seeds(task, algorithm)) for task in tasks), default="–"),
                 "final score": score_text(runs, tasks, algorithm, final_return),
                 "mean score": score_text(runs, tasks, algorithm, area),
-                f"{SUBJECT}'s there": score_text(runs, tasks, SUBJECT, area),
-                "P(better than PPO)": interval_text(improvement(runs, tasks, algorithm), 2),
+                f"{subject}'s there": score_text(runs, tasks, subject, area),
+                f"P(better than {baseline})": interval_text(improvement(runs, tasks, algorithm), 2),
             }
         )
     return pd.DataFrame(rows)
@@ -290,9 +331,10 @@ def score_text(runs: Runs, tasks: Sequence[str], algorithm: str, number: Callabl
 
 def task_table(runs: Runs) -> pd.DataFrame:
     """A row per task and algorithm: interquartile means of returns, and what they cost."""
+    baseline = runs.part.baseline
     rows = []
     for task in runs.tasks:
-        target = iqm(runs.numbers(task, BASELINE, final_return)) if runs.seeds(task, BASELINE) else None
+        target = iqm(runs.numbers(task, baseline, final_return)) if runs.seeds(task, baseline) else None
         for algorithm in runs.algorithms:
             if not runs.seeds(task, algorithm):
                 continue
@@ -303,8 +345,8 @@ def task_table(runs: Runs) -> pd.DataFrame:
                     "seeds": len(runs.seeds(task, algorithm)),
                     "final return": returns_text(runs, task, algorithm, final_return),
                     "mean return": returns_text(runs, task, algorithm, area),
-                    "P(better than PPO)": interval_text(improvement(runs, [task], algorithm), 2),
-                    "steps to PPO's final return": reaching_text(runs, task, algorithm, target),
+                    f"P(better than {baseline})": interval_text(improvement(runs, [task], algorithm), 2),
+                    f"steps to {baseline}'s final return": reaching_text(runs, task, algorithm, target),
                     "s per 100k steps": f"{np.median(runs.numbers(task, algorithm, seconds_per_100k)):.1f}",
                     "of CPU": f"{np.median(runs.numbers(task, algorithm, cpu_seconds_per_100k)):.1f}",
                 }
@@ -313,16 +355,18 @@ def task_table(runs: Runs) -> pd.DataFrame:
 
 
 def published_table(runs: Runs) -> pd.DataFrame:
-    """A row per task of :data:`PUBLISHED` that a contestant with PPO's usual settings has runs on."""
-    algorithms = [name for name in STRONG if name in runs.algorithms]
+    """A row per task: final returns of the subject and the baseline beside those of :data:`PUBLISHED`."""
     rows = []
     for task in runs.tasks:
-        published = {source: f"{found[task]:,}" if task in found else "–" for source, found in PUBLISHED.items()}
-        ours = {
-            name: returns_text(runs, task, name, final_return) if runs.seeds(task, name) else "–" for name in algorithms
+        published = {
+            f"PPO of {source}": f"{found[task]:,}" if task in found else "–" for source, found in PUBLISHED.items()
         }
-        if set(published.values()) != {"–"} and set(ours.values()) - {"–"}:
-            rows.append({"task": task, **ours, **{f"PPO of {name}": text for name, text in published.items()}})
+        ours = {
+            name: returns_text(runs, task, name, final_return) if runs.seeds(task, name) else "–"
+            for name in (runs.part.subject, runs.part.baseline)
+        }
+        if set(ours.values()) != {"–"}:
+            rows.append({"task": task, **ours, **published})
     return pd.DataFrame(rows)
 
 
@@ -349,6 +393,11 @@ def standing_text(runs: Runs, algorithm: str, other: str) -> str:
         f"**{algorithm} against {other}**, intervals of the mean return: over all {len(tasks)} tasks they lie "
         f"{STANDINGS[standing(runs, tasks, algorithm, other)]}; by task: {'; '.join(found)}."
     )
+
+
+def standing_texts(runs: Runs) -> list[str]:
+    """:func:`standing_text` of each pair that has runs on the same tasks."""
+    return [text for pair in runs.part.pairs if (text := standing_text(runs, *pair))]
 
 
 def returns_text(runs: Runs, task: str, algorithm: str, number: Callable[[pd.DataFrame], float]) -> str:
@@ -395,8 +444,9 @@ ORIGIN = ("date", "machine", "python", "torch", "ray", "envpool", "mujoco", "sim
 
 
 def short_text(runs: Runs) -> str:
-    """What README.md shows: a row per algorithm, over all tasks."""
-    return f"{origin_text(runs)}\n\n{markdown(overall_table(runs))}"
+    """What README.md shows: a row per algorithm over all tasks, and one per task."""
+    parts = [origin_text(runs), markdown(overall_table(runs)), *standing_texts(runs), markdown(published_table(runs))]
+    return "\n\n".join(parts)
 
 
 def summary_text(runs: Runs) -> str:
@@ -408,9 +458,9 @@ def summary_text(runs: Runs) -> str:
         "setting per task, published or default, except `*_strong`, whose settings come from short runs of BLPO on "
         f"other seeds. Evaluations: {EVALUATION_EPISODES} episodes of the deterministic "
         "policy, beside the training.",
-        "Score: 0 is the task's untrained policies, 1 the best final return of any run.",
+        "Score: 0 is the task's untrained policies, 1 the best final return of any run in this table.",
         markdown(overall_table(runs)),
-        *(standing_text(runs, *pair) for pair in PAIRS),
+        *standing_texts(runs),
         markdown(task_table(runs)),
         published_text(runs),
         f"**Missing:** {len(missing)} combinations, listed in the report." if missing else "Nothing is missing.",
@@ -419,15 +469,14 @@ def summary_text(runs: Runs) -> str:
 
 
 def published_text(runs: Runs) -> str:
-    """Final returns beside published ones, with what to know about them."""
-    table = published_table(runs)
-    if table.empty:
+    """Final returns of the tuned settings beside published ones, with what to know about them."""
+    if runs.part is not TUNED:
         return ""
     return (
         "Final returns beside those that others publish for PPO after a million steps. They are no comparison of "
         "equals: versions 2 to 4 of the tasks, where CleanRL's are training returns of 3 seeds, those of RL "
         "Baselines3 Zoo single runs tuned per task, and Tianshou's the best evaluations of 10 seeds.\n\n"
-        f"{markdown(table)}"
+        f"{markdown(published_table(runs))}"
     )
 
 
@@ -460,9 +509,9 @@ def _iqm_along(values: np.ndarray) -> np.ndarray:
 
 
 def performance_profiles(runs: Runs) -> Any:
-    """Share of runs whose final score is above a threshold, over the tasks that BLPO and PPO have runs on, for the
-    algorithms that have runs on all of them."""
-    tasks = shared_tasks(runs, (SUBJECT, BASELINE))
+    """Share of runs whose final score is above a threshold, for the algorithms that have runs on all of the tasks that
+    the subject and the baseline have."""
+    tasks = shared_tasks(runs, (runs.part.subject, runs.part.baseline))
     if not tasks:
         return None
     algorithms = [name for name in runs.algorithms if all(runs.seeds(task, name) for task in tasks)]
@@ -488,13 +537,14 @@ FIGURES: dict[str, Callable[[Runs], Any]] = {
 }
 
 
-def report(folder: Path, page: Path | None = None, readme: Path | None = None) -> list[Path]:
-    """Writes the figures and ``report.md`` into the folder, the summary into a page, and its first table into another.
+def report(folder: Path, pages: Path | None = None, readme: Path | None = None) -> list[Path]:
+    """Writes the figures and ``report.md`` into the folder, each part's summary into its page, and the tuned settings'
+    first tables into another file.
 
     Args:
         folder: The runs.
-        page: The file whose marked part the summary replaces.
-        readme: The file whose marked part the table over all tasks replaces.
+        pages: The folder of the parts' pages, whose marked parts the summaries replace.
+        readme: The file whose marked part the tables of the tuned settings replace.
 
     Returns:
         The files written.
@@ -507,24 +557,41 @@ def report(folder: Path, page: Path | None = None, readme: Path | None = None) -
         raise ValueError(f"{folder} has no runs: run studies/comparison/compare.py, and copy its runs.parquet there")
     # A run that was gathered twice counts once.
     table = pd.concat(tables, ignore_index=True).drop_duplicates(["task", "algorithm", "seed", "env_steps"])
-    runs = Runs(table)
+    written, texts = [], ["# BLPO against PPO"]
+    for part in PARTS:
+        runs = Runs(table, part)
+        if not runs.tasks:
+            continue
+        figures = draw_all(runs, folder)
+        summary = summary_text(runs)
+        texts += [summary, *(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in figures)]
+        texts += ["## Missing", "\n".join(f"- {line}" for line in runs.missing()) or "nothing"]
+        written += figures
+        if pages is not None:
+            written.append(fill(pages / part.page, summary))
+        if readme is not None and part is TUNED:
+            written.append(fill(readme, short_text(runs)))
+    written.append(folder / "report.md")
+    write_whole(written[-1], "\n\n".join(texts) + "\n")
+    return written
+
+
+def draw_all(runs: Runs, folder: Path) -> list[Path]:
+    """Draws the part's figures into the folder; those that its runs have something for."""
     written = []
     for name, draw in FIGURES.items():
         figure = draw(runs)
         if figure is not None:
-            written.append(folder / f"{name}.png")
+            written.append(folder / f"{runs.part.figures}{name}.png")
             figure.savefig(written[-1], dpi=110)
             plt.close(figure)
-    images = "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in written)
-    missing = "\n".join(f"- {line}" for line in runs.missing()) or "nothing"
-    summary = summary_text(runs)
-    written.append(folder / "report.md")
-    write_whole(written[-1], f"# BLPO against PPO\n\n{summary}\n\n{images}\n\n## Missing\n\n{missing}\n")
-    for path, text in ((page, summary), (readme, short_text(runs))):
-        if path is not None:
-            write_whole(path, between_markers(path.read_text(), text))
-            written.append(path)
     return written
+
+
+def fill(page: Path, text: str) -> Path:
+    """Replaces the marked part of a page, and returns the page."""
+    write_whole(page, between_markers(page.read_text(), text))
+    return page
 
 
 def between_markers(text: str, inner: str) -> str:
@@ -543,11 +610,13 @@ def between_markers(text: str, inner: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, help="file whose marked part is replaced by the summary")
-    parser.add_argument("--readme", type=Path, help="file whose marked part is replaced by the table over all tasks")
+    parser.add_argument("--pages", type=Path, help="folder of the pages whose marked parts the summaries replace")
+    parser.add_argument(
+        "--readme", type=Path, help="file whose marked part the first tables of the tuned settings replace"
+    )
     args = parser.parse_args()
     try:
-        for path in report(args.results, args.page, args.readme):
+        for path in report(args.results, args.pages, args.readme):
             print(f"wrote {path}")
     except ValueError as error:
         sys.exit(str(error))
