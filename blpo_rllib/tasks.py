@@ -59,9 +59,9 @@ def annealed_batches(
     Args:
         config: The settings to start from, changed in place.
         initial_log_std: Of the exploration noise.
-        long_horizon: For discounts near 1, where the value at the end of a short segment is the larger part of an
-            advantage, and its error too: advantages over whole rollouts from the critic at the start of the iteration,
-            standardised, as PPO has them. The hypergradient goes by their derivative in the critic.
+        long_horizon: For discounts near 1, with which the advantages of short segments learn little
+            (``studies/designs``): PPO's advantages, over whole rollouts from the critic at the start of the iteration,
+            standardised. The hypergradient goes by their derivative in the critic.
         steps: Environment steps until the rates are 0.
     """
     if long_horizon:
