@@ -229,9 +229,11 @@ def test_numbers_are_what_they_are_by_hand():
     areas = [np.trapezoid(curve(table, "hopper", "blpo", seed), dx=0.1) for seed in range(6)]
     np.testing.assert_allclose(runs.numbers("hopper", "blpo", report.final_return), finals["hopper", "blpo"])
     np.testing.assert_allclose(runs.numbers("hopper", "blpo", report.area), areas)
+    ends = [(curve(table, "hopper", "blpo", seed).max(), curve(table, "hopper", "blpo", seed)[-1]) for seed in range(6)]
     starts = [curve(table, "hopper", name, s)[0] for name, count in (("blpo", 6), ("ppo", 5)) for s in range(count)]
     best = max(finals["hopper", "blpo"].max(), finals["hopper", "ppo"].max())
     score = (finals["hopper", "ppo"] - np.mean(starts)) / (best - np.mean(starts))
+    assert runs.decline("hopper", "blpo") == pytest.approx(-np.diff(ends).mean() / (best - np.mean(starts)))
     np.testing.assert_allclose(report.matrix(runs, ["hopper"], "ppo", report.final_return)[:, 0], score)
     scores = report.matrix(runs, runs.tasks, "blpo", report.final_return)
     point, low, high = report.estimate(scores, report.iqm)

@@ -13,6 +13,7 @@ Numbers of a run, from its evaluations (deterministic policy, separate episodes)
 
 final return  mean of the evaluations in the last fifth of its steps
 mean return   area under the evaluations' curve, divided by the steps
+decline       best evaluation less the last one, in units of the score
 score         (return - start) / (best - start): 0 is the mean evaluation of the task's untrained policies, 1 the best
               final return of any run on the task in the same part
 """
@@ -198,7 +199,14 @@ class Runs:
 
     def score(self, task: str, value: np.ndarray) -> np.ndarray:
         """The value between that of untrained policies and the best."""
-        return (value - self.start[task]) / max(self.best[task] - self.start[task], 1e-9)
+        return (value - self.start[task]) / self._scale(task)
+
+    def _scale(self, task: str) -> float:
+        return max(self.best[task] - self.start[task], 1e-9)
+
+    def decline(self, task: str, algorithm: str) -> float:
+        """Mean over the runs of :func:`decline`, in units of the score."""
+        return float(self.numbers(task, algorithm, decline).mean() / self._scale(task))
 
     def missing(self) -> list[str]:
         """What a full comparison would have beside these runs."""
@@ -222,6 +230,11 @@ def area(curve: pd.DataFrame) -> float:
     """Area under a run's evaluations, divided by its steps: the mean return on the way."""
     steps = curve["env_steps"].to_numpy(float)
     return float(np.trapezoid(curve["evaluation_return"], steps) / (steps[-1] - steps[0]))
+
+
+def decline(curve: pd.DataFrame) -> float:
+    """How far the last evaluation of a run is below its best one."""
+    return float(curve["evaluation_return"].max() - curve["evaluation_return"].iloc[-1])
 
 
 def seconds_per_100k(curve: pd.DataFrame) -> float:
@@ -345,6 +358,7 @@ def task_table(runs: Runs) -> pd.DataFrame:
                     "seeds": len(runs.seeds(task, algorithm)),
                     "final return": returns_text(runs, task, algorithm, final_return),
                     "mean return": returns_text(runs, task, algorithm, area),
+                    "decline": f"{runs.decline(task, algorithm):.2f}",
                     f"P(better than {baseline})": interval_text(improvement(runs, [task], algorithm), 2),
                     f"steps to {baseline}'s final return": reaching_text(runs, task, algorithm, target),
                     "s per 100k steps": f"{np.median(runs.numbers(task, algorithm, seconds_per_100k)):.1f}",
@@ -458,7 +472,8 @@ def summary_text(runs: Runs) -> str:
         "setting per task, published or default, except `*_strong`, whose settings come from short runs of BLPO on "
         f"other seeds. Evaluations: {EVALUATION_EPISODES} episodes of the deterministic "
         "policy, beside the training.",
-        "Score: 0 is the task's untrained policies, 1 the best final return of any run in this table.",
+        "Score: 0 is the task's untrained policies, 1 the best final return of any run in this table. Decline: how far "
+        "a run's last evaluation is below its best one, in units of the score, mean over runs.",
         markdown(overall_table(runs)),
         *standing_texts(runs),
         markdown(task_table(runs)),
