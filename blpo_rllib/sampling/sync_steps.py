@@ -1,4 +1,4 @@
-"""A step of gymnasium's SyncVectorEnv, with a quarter less time around environments as quick as CartPole's."""
+"""A step of gymnasium's SyncVectorEnv, in a fifth less time for environments as quick as CartPole's."""
 
 from __future__ import annotations
 
