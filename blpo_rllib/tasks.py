@@ -47,7 +47,7 @@ def small_batches(config: BLPOConfig) -> BLPOConfig:
 
 
 def annealed_batches(
-    config: BLPOConfig, initial_log_std: float = 0.0, long_horizon: bool = False, steps: int = 1_000_000
+    config: BLPOConfig, initial_log_std: float = 0.0, kept_advantages: bool = False, steps: int = 1_000_000
 ) -> BLPOConfig:
     """:func:`small_batches` with 3 nested steps on all tasks, and rates that fall to 0 over ``steps``.
 
@@ -59,12 +59,12 @@ def annealed_batches(
     Args:
         config: The settings to start from, changed in place.
         initial_log_std: Of the exploration noise.
-        long_horizon: For discounts near 1, with which the advantages of short segments learn little
-            (``studies/designs``): PPO's advantages, over whole rollouts from the critic at the start of the iteration,
-            standardised. The hypergradient goes by their derivative in the critic.
+        kept_advantages: PPO's advantages, over whole rollouts from the critic at the start of the iteration,
+            standardised, in place of those of the critic as it moves. The hypergradient goes by their derivative in the
+            critic. Which of the two a task has was chosen in single runs (``studies/designs``).
         steps: Environment steps until the rates are 0.
     """
-    if long_horizon:
+    if kept_advantages:
         config.training(advantage_horizon="rollout", advantage_refresh="iteration", standardize_advantages=True)
     actor_lr, critic_lr = ([[0, _first(rate)], [steps, 0.0]] for rate in (config.actor_lr, config.critic_lr))
     return (
@@ -224,7 +224,7 @@ TASKS: dict[str, Task] = {
         stop_reward=5000.0,
         stop_timesteps=1_000_000,
         # With as much noise as usual it learns to slide on its back.
-        tune=partial(annealed_batches, initial_log_std=-1.0),
+        tune=partial(annealed_batches, initial_log_std=-1.0, kept_advantages=True),
     ),
     "hopper": Task(
         lambda: _mujoco("Hopper-v5", num_critic_updates=3, bound=1.4, cross_clip=1.0),
@@ -248,7 +248,7 @@ TASKS: dict[str, Task] = {
         lambda: _box2d("LunarLander-v3").training(gamma=0.999, lambda_=0.98, entropy_coeff=0.01),
         stop_reward=240.0,
         stop_timesteps=1_000_000,
-        tune=partial(annealed_batches, long_horizon=True),
+        tune=partial(annealed_batches, kept_advantages=True),
     ),
     "minatar_breakout": Task(lambda: _minatar("Breakout"), stop_reward=15.0, stop_timesteps=1_000_000),
     "minatar_space_invaders": Task(lambda: _minatar("SpaceInvaders"), stop_reward=60.0, stop_timesteps=1_000_000),
@@ -269,7 +269,7 @@ TASKS: dict[str, Task] = {
         lambda: _mujoco("Swimmer-v5").training(gamma=0.9999),
         stop_reward=280.0,
         stop_timesteps=1_000_000,
-        tune=partial(annealed_batches, long_horizon=True),
+        tune=partial(annealed_batches, kept_advantages=True),
     ),
     "walker2d": Task(
         lambda: _mujoco("Walker2d-v5", num_critic_updates=3, bound=0.8, cross_clip=0.84),

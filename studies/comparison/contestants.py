@@ -251,13 +251,14 @@ DESIGNS: dict[str, Contestant] = {
     ),
     "strong_512_discount_0.998": lambda config: four_segments(annealed_batches(config), 512).training(gamma=0.998),
     "strong_128": annealed_batches,
-    "strong_long_horizon": lambda config: annealed_batches(config, long_horizon=True),
-    "strong_long_horizon_log_std_rate_2": lambda config: annealed_batches(config, long_horizon=True).training(
+    "strong_kept_advantages": lambda config: annealed_batches(config, kept_advantages=True),
+    "strong_kept_advantages_log_std_rate_2": lambda config: annealed_batches(config, kept_advantages=True).training(
         log_std_lr_factor=2.0
     ),
-    "strong_long_horizon_log_std_rate_2_deviation_0.37": lambda config: annealed_batches(
-        config, initial_log_std=-1.0, long_horizon=True
+    "strong_kept_advantages_log_std_rate_2_deviation_0.37": lambda config: annealed_batches(
+        config, initial_log_std=-1.0, kept_advantages=True
     ).training(log_std_lr_factor=2.0),
+    "strong_128_deviation_0.37": lambda config: annealed_batches(config, initial_log_std=-1.0),
     "strong_log_std_rate_3": lambda config: annealed_batches(config).training(log_std_lr_factor=3.0),
     "strong_ppo": lambda config: ppo_strong(annealed_batches(config)),
     "strong_ppo_deviation_0.37": lambda config: ppo_strong(annealed_batches(config, initial_log_std=-1.0)),
