@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PACKAGE = "blpo_rllib"
 # Pages that stand beside what they describe, and their figures.
-BESIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "cluster/README.md", "studies/*/README.md", "studies/*/results/**/*.png")
+BESIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "cluster/README.md", "studies/*/*.md", "studies/*/results/**/*.png")
 # What the search needs where pages are opened as files: the theme loads it from the network, this site has its own.
 SHIM, OWN_SHIM = "https://unpkg.com/iframe-worker/shim", "assets/iframe-worker/shim.js"
 # Pages whose tables need the room of the table of contents.
-WIDE = ("studies/comparison/README.md", "studies/understanding/README.md")
+WIDE = ("studies/comparison/README.md", "studies/comparison/published_batches.md", "studies/understanding/README.md")
 RELATIVE_LINK = re.compile(r"\]\((?![a-z]+:|[#/<])([^)\s#]+)")
 
 
