@@ -59,13 +59,12 @@ def annealed_batches(
     Args:
         config: The settings to start from, changed in place.
         initial_log_std: Of the exploration noise.
-        kept_advantages: PPO's advantages, over whole rollouts from the critic at the start of the iteration,
-            standardised, in place of those of the critic as it moves. The hypergradient goes by their derivative in the
-            critic. Which of the two a task has was chosen in single runs (``studies/designs``).
+        kept_advantages: :func:`ppo_advantages` in place of those of the critic as it moves. The hypergradient goes by
+            their derivative in the critic. Which of the two a task has was chosen in single runs (``studies/designs``).
         steps: Environment steps until the rates are 0.
     """
     if kept_advantages:
-        config.training(advantage_horizon="rollout", advantage_refresh="iteration", standardize_advantages=True)
+        ppo_advantages(config)
     actor_lr, critic_lr = ([[0, _first(rate)], [steps, 0.0]] for rate in (config.actor_lr, config.critic_lr))
     return (
         small_batches(config)
@@ -81,6 +80,11 @@ def annealed_batches(
     )
 
 
+def ppo_advantages(config: BLPOConfig) -> BLPOConfig:
+    """Advantages over whole rollouts from the critic at the start of the iteration, standardised."""
+    return config.training(advantage_horizon="rollout", advantage_refresh="iteration", standardize_advantages=True)
+
+
 def _first(rate: LearningRateOrSchedule) -> float:
     """The value of a rate or of its schedule at the start."""
     return float(rate[0][1]) if isinstance(rate, (list, tuple)) else float(rate)
@@ -89,11 +93,8 @@ def _first(rate: LearningRateOrSchedule) -> float:
 def as_ppo(config: BLPOConfig) -> BLPOConfig:
     """PPO by this project's update: shuffled single steps, advantages kept for the iteration and standardised, a single
     critic step with the actor's rate, no correction. ``tests/test_advantages.py`` shows that the update is PPO's."""
-    return config.training(
+    return ppo_advantages(config).training(
         hypergradient="none",
-        advantage_horizon="rollout",
-        advantage_refresh="iteration",
-        standardize_advantages=True,
         segment_length=1,
         num_critic_updates=1,
         critic_lr=config.actor_lr,

@@ -215,57 +215,61 @@ def ppo_strong(config: BLPOConfig) -> BLPOConfig:
 
 # What was tried in short runs on the way to STRONG, whose BLPO has a target for the KL divergence besides. Exploration
 # starts at a deviation of 1, unless the name says another.
-DESIGNS: dict[str, Contestant] = {
-    f"strong_{name}": lambda config, settings=settings: four_segments(annealed_batches(config), 64).training(
-        target_kl=None, **settings
-    )
-    for name, settings in {
-        "correction": {},
-        "no_correction": {"hypergradient": "none"},
-        "no_correction_clip_0.4": {"hypergradient": "none", "clip_param": 0.4},
-        "bound_0.5": {"hypergradient_bound": 0.5},
-        "7_nested_steps": {"num_critic_updates": 7},
-        "segments_of_8": {"segment_length": 8},
-        "whole_rollouts": {"advantage_horizon": "rollout"},
-        "whole_rollouts_7_nested_steps": {"advantage_horizon": "rollout", "num_critic_updates": 7},
-        "single_steps": {"advantage_horizon": "rollout", "segment_length": 1},
-        "correction_of_the_batch": {"correction_sample": "batch"},
-    }.items()
-} | {
-    "strong_correction_deviation_0.37": lambda config: four_segments(
-        annealed_batches(config, initial_log_std=-1.0), 64
-    ).training(target_kl=None),
-    "strong_512_segments_of_32": lambda config: annealed_batches(config).training(minibatch_size=512),
-    "strong_512_log_std_rate_5": lambda config: four_segments(annealed_batches(config), 512).training(
-        log_std_lr_factor=5.0
-    ),
-    "strong_512_log_std_rate_10": lambda config: four_segments(annealed_batches(config), 512).training(
-        log_std_lr_factor=10.0
-    ),
-    "strong_512_double_rates_deviation_0.37": lambda config: four_segments(
-        annealed_batches(config.training(actor_lr=6e-4, critic_lr=2.4e-3), initial_log_std=-1.0), 512
-    ),
-    "strong_256": lambda config: four_segments(annealed_batches(config), 256),
-    "strong_512_one_nested_step": lambda config: four_segments(annealed_batches(config), 512).training(
-        num_critic_updates=1
-    ),
-    "strong_512_discount_0.998": lambda config: four_segments(annealed_batches(config), 512).training(gamma=0.998),
-    "strong_128": annealed_batches,
-    "strong_kept_advantages": lambda config: annealed_batches(config, kept_advantages=True),
-    "strong_kept_advantages_log_std_rate_2": lambda config: annealed_batches(config, kept_advantages=True).training(
-        log_std_lr_factor=2.0
-    ),
-    "strong_kept_advantages_log_std_rate_2_deviation_0.37": lambda config: annealed_batches(
-        config, initial_log_std=-1.0, kept_advantages=True
-    ).training(log_std_lr_factor=2.0),
-    "strong_128_deviation_0.37": lambda config: annealed_batches(config, initial_log_std=-1.0),
-    "strong_log_std_rate_3": lambda config: annealed_batches(config).training(log_std_lr_factor=3.0),
-    "strong_ppo": lambda config: ppo_strong(annealed_batches(config)),
-    "strong_ppo_deviation_0.37": lambda config: ppo_strong(annealed_batches(config, initial_log_std=-1.0)),
-    "strong_ppo_advantages_of_each_epoch": lambda config: ppo_strong(annealed_batches(config)).training(
-        advantage_refresh="epoch", standardize_advantages=False, adam_epsilon=1e-5
-    ),
-}
+DESIGNS: dict[str, Contestant] = (
+    {
+        f"strong_{name}": lambda config, settings=settings: four_segments(annealed_batches(config), 64).training(
+            target_kl=None, **settings
+        )
+        for name, settings in {
+            "correction": {},
+            "no_correction": {"hypergradient": "none"},
+            "no_correction_clip_0.4": {"hypergradient": "none", "clip_param": 0.4},
+            "bound_0.5": {"hypergradient_bound": 0.5},
+            "7_nested_steps": {"num_critic_updates": 7},
+            "segments_of_8": {"segment_length": 8},
+            "whole_rollouts": {"advantage_horizon": "rollout"},
+            "whole_rollouts_7_nested_steps": {"advantage_horizon": "rollout", "num_critic_updates": 7},
+            "single_steps": {"advantage_horizon": "rollout", "segment_length": 1},
+            "correction_of_the_batch": {"correction_sample": "batch"},
+        }.items()
+    }
+    | {
+        f"strong_512_{name}": lambda config, settings=settings: four_segments(annealed_batches(config), 512).training(
+            **settings
+        )
+        for name, settings in {
+            "segments_of_32": {"segment_length": 32},
+            "log_std_rate_5": {"log_std_lr_factor": 5.0},
+            "log_std_rate_10": {"log_std_lr_factor": 10.0},
+            "one_nested_step": {"num_critic_updates": 1},
+            "discount_0.998": {"gamma": 0.998},
+        }.items()
+    }
+    | {
+        "strong_correction_deviation_0.37": lambda config: four_segments(
+            annealed_batches(config, initial_log_std=-1.0), 64
+        ).training(target_kl=None),
+        "strong_512_double_rates_deviation_0.37": lambda config: four_segments(
+            annealed_batches(config.training(actor_lr=6e-4, critic_lr=2.4e-3), initial_log_std=-1.0), 512
+        ),
+        "strong_256": lambda config: four_segments(annealed_batches(config), 256),
+        "strong_128": annealed_batches,
+        "strong_kept_advantages": lambda config: annealed_batches(config, kept_advantages=True),
+        "strong_kept_advantages_log_std_rate_2": lambda config: annealed_batches(config, kept_advantages=True).training(
+            log_std_lr_factor=2.0
+        ),
+        "strong_kept_advantages_log_std_rate_2_deviation_0.37": lambda config: annealed_batches(
+            config, initial_log_std=-1.0, kept_advantages=True
+        ).training(log_std_lr_factor=2.0),
+        "strong_128_deviation_0.37": lambda config: annealed_batches(config, initial_log_std=-1.0),
+        "strong_log_std_rate_3": lambda config: annealed_batches(config).training(log_std_lr_factor=3.0),
+        "strong_ppo": lambda config: ppo_strong(annealed_batches(config)),
+        "strong_ppo_deviation_0.37": lambda config: ppo_strong(annealed_batches(config, initial_log_std=-1.0)),
+        "strong_ppo_advantages_of_each_epoch": lambda config: ppo_strong(annealed_batches(config)).training(
+            advantage_refresh="epoch", standardize_advantages=False, adam_epsilon=1e-5
+        ),
+    }
+)
 # Published for these by name.
 TUNED: dict[str, Contestant] = {"cartpole": ppo_tuned_classic} | dict.fromkeys(
     ("hopper", "walker2d", "halfcheetah", "humanoid"), ppo_tuned_mujoco
