@@ -64,6 +64,7 @@ BOOTSTRAP_SEED = 0
 REPETITIONS = 2000
 GRID = 41
 BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
+# By role within a part, whose figures are its own: BLPO blue, nested PPO green, PPO orange.
 HUES = (
     "tab:blue",
     "tab:purple",
@@ -74,12 +75,12 @@ HUES = (
     "tab:red",
     "tab:cyan",
     "tab:pink",
-    "black",
-    "gold",
+    "tab:blue",
+    "tab:purple",
     "tab:olive",
+    "tab:green",
+    "tab:orange",
     "tab:brown",
-    "0.5",
-    "teal",
 )
 COLORS = dict(zip(NAMES, HUES, strict=True))
 
