@@ -47,7 +47,11 @@ def small_batches(config: BLPOConfig) -> BLPOConfig:
 
 
 def annealed_batches(
-    config: BLPOConfig, initial_log_std: float = 0.0, kept_advantages: bool = False, steps: int = 1_000_000
+    config: BLPOConfig,
+    initial_log_std: float = 0.0,
+    kept_advantages: bool = False,
+    environments: int = 16,
+    steps: int = 1_000_000,
 ) -> BLPOConfig:
     """:func:`small_batches` with 3 nested steps on all tasks, and rates that fall to 0 over ``steps``.
 
@@ -61,6 +65,7 @@ def annealed_batches(
         initial_log_std: Of the exploration noise.
         kept_advantages: :func:`ppo_advantages` in place of those of the critic as it moves. The hypergradient goes by
             their derivative in the critic. Which of the two a task has was chosen in single runs (``studies/designs``).
+        environments: The fewer, the longer is the stretch of each that a batch holds, and that advantages extend over.
         steps: Environment steps until the rates are 0.
     """
     if kept_advantages:
@@ -68,6 +73,7 @@ def annealed_batches(
     actor_lr, critic_lr = ([[0, _first(rate)], [steps, 0.0]] for rate in (config.actor_lr, config.critic_lr))
     return (
         small_batches(config)
+        .env_runners(num_envs_per_env_runner=environments)
         .training(
             minibatch_size=128,
             segment_length=32,
@@ -242,7 +248,7 @@ TASKS: dict[str, Task] = {
         lambda: _mujoco("InvertedDoublePendulum-v5"),
         stop_reward=9000.0,
         stop_timesteps=1_000_000,
-        tune=annealed_batches,
+        tune=partial(annealed_batches, kept_advantages=True),
     ),
     # Discounts and entropy bonus are those that PPO usually has on it.
     "lunarlander": Task(
@@ -265,12 +271,13 @@ TASKS: dict[str, Task] = {
         stop_timesteps=1_000_000,
         tune=annealed_batches,
     ),
-    # A stroke pays off after hundreds of steps: at a discount of 0.99 no algorithm learns to swim.
+    # A stroke pays off after hundreds of steps: at a discount of 0.99 no algorithm learns to swim. On stretches of 128
+    # steps most runs, of BLPO and PPO alike, stop at less than half of the return.
     "swimmer": Task(
-        lambda: _mujoco("Swimmer-v5").training(gamma=0.9999),
+        lambda: _mujoco("Swimmer-v5").training(gamma=0.9999, lambda_=0.98),
         stop_reward=280.0,
         stop_timesteps=1_000_000,
-        tune=partial(annealed_batches, kept_advantages=True),
+        tune=partial(annealed_batches, kept_advantages=True, environments=4),
     ),
     "walker2d": Task(
         lambda: _mujoco("Walker2d-v5", num_critic_updates=3, bound=0.8, cross_clip=0.84),

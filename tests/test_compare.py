@@ -367,7 +367,7 @@ def test_examples_have_the_published_settings_as_an_option(task, monkeypatch):
         command_line.run_task(task, ["--no-tune", *options])
     of_batches = ("num_envs_per_env_runner", "train_batch_size_per_learner", "num_epochs", "minibatch_size")
     tuned, published = ([getattr(c, name) for name in of_batches] for c in seen)
-    assert tuned == [16, 2048, 10, 128]
+    assert tuned == [4 if task == "swimmer" else 16, 2048, 10, 128]
     assert published == [32, 20480, 4, 640] == [getattr(BLPOConfig(), name) for name in of_batches]
     assert (seen[1].actor_lr, seen[1].critic_lr, seen[1].segment_length) == (3e-4, 1.2e-3, None)
     assert seen[1].model_config.get("initial_log_std") == 0.0

@@ -246,6 +246,27 @@ DESIGNS: dict[str, Contestant] = (
         }.items()
     }
     | {
+        f"strong_kept_advantages{name}": lambda config, settings=settings: annealed_batches(
+            config, kept_advantages=True
+        ).training(**settings)
+        for name, settings in {
+            "": {},
+            "_log_std_rate_2": {"log_std_lr_factor": 2.0},
+            "_lambda_0.95": {"lambda_": 0.95},
+        }.items()
+    }
+    | {
+        f"strong_kept_advantages{name}_deviation_0.37": lambda config, environments=environments, settings=settings: (
+            annealed_batches(config, -1.0, kept_advantages=True, environments=environments).training(**settings)
+        )
+        for name, (environments, settings) in {
+            "": (16, {}),
+            "_4_environments": (4, {}),
+            "_log_std_rate_2": (16, {"log_std_lr_factor": 2.0}),
+            "_single_steps": (16, {"segment_length": 1, "minibatch_size": 64}),
+        }.items()
+    }
+    | {
         "strong_correction_deviation_0.37": lambda config: four_segments(
             annealed_batches(config, initial_log_std=-1.0), 64
         ).training(target_kl=None),
@@ -254,13 +275,6 @@ DESIGNS: dict[str, Contestant] = (
         ),
         "strong_256": lambda config: four_segments(annealed_batches(config), 256),
         "strong_128": annealed_batches,
-        "strong_kept_advantages": lambda config: annealed_batches(config, kept_advantages=True),
-        "strong_kept_advantages_log_std_rate_2": lambda config: annealed_batches(config, kept_advantages=True).training(
-            log_std_lr_factor=2.0
-        ),
-        "strong_kept_advantages_log_std_rate_2_deviation_0.37": lambda config: annealed_batches(
-            config, initial_log_std=-1.0, kept_advantages=True
-        ).training(log_std_lr_factor=2.0),
         "strong_128_deviation_0.37": lambda config: annealed_batches(config, initial_log_std=-1.0),
         "strong_log_std_rate_3": lambda config: annealed_batches(config).training(log_std_lr_factor=3.0),
         "strong_ppo": lambda config: ppo_strong(annealed_batches(config)),
